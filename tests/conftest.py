@@ -1,0 +1,70 @@
+"""Shared by all tests: the script as a module, small data sets, and the script as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "brain_tumor_integrated_smp.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import brain_tumor_integrated_smp as script  # noqa: E402
+
+# A run that takes seconds on two cores: a small encoder, small squares, no download.
+FAST = ["--img-size", "64", "--encoder", "resnet18", "--encoder-weights", "none", "--batch-size", "4",
+        "--num-workers", "0", "--epochs", "1", "--device", "cpu"]
+
+
+def box(x, y, width, height):
+    """A COCO polygon for an axis-aligned box, in pixels."""
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def write_coco(folder, images, annotations, categories=({"id": 1, "name": "tumor"},)):
+    """Write a `_annotations.coco.json` from ready entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    coco = {"images": images, "annotations": annotations, "categories": list(categories)}
+    (folder / "_annotations.coco.json").write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
+
+
+def write_split(folder, count, size=96, seed=0):
+    """A split of `count` grey images with a bright box each (the last one, if there are several, without)."""
+    rng = np.random.default_rng([seed, count])
+    images, annotations = [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image = rng.integers(20, 90, (size, size), np.uint8)
+        x, y, w, h = (int(v) for v in rng.integers([8, 8, 16, 16], [size // 2, size // 2, 40, 40]))
+        if i < count - 1 or count == 1:
+            image[y:y + h, x:x + w] += 120
+            annotations.append({"id": i, "image_id": i, "category_id": 1, "segmentation": [box(x, y, w, h)], "iscrowd": 0})
+        (folder / f"slice_{i}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+        images.append({"id": i, "file_name": f"slice_{i}.png", "height": size, "width": size})
+    write_coco(folder, images, annotations)
+    return folder
+
+
+def write_data(root, train=8, valid=4, test=2, size=96):
+    """A whole data folder; 0 images leave a split out."""
+    for seed, (name, count) in enumerate({"train": train, "valid": valid, "test": test}.items()):
+        if count:
+            write_split(root / name, count, size, seed)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with 8 + 4 + 2 images of 96x96 pixels."""
+    return write_data(tmp_path / "data")
+
+
+def run_script(*arguments, env=None, **options):
+    """Run the script as a user does; returns the finished process with text output."""
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, encoding="utf-8",
+                          env=os.environ | (env or {}), timeout=600, **options)
