@@ -105,30 +105,21 @@ SYNC_BATCHNORM = True  # True: with several GPUs, BatchNorm sees the whole batch
 
 CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)  # all settings above, in this order
 
-RULES = {  # what a setting must satisfy, in words and as a test
-    "CACHE_GB": ("0 or more", lambda v: v >= 0),
-    "IMG_SIZE": ("a multiple of 32, at least 64", lambda v: v >= 64 and v % 32 == 0),
-    "BATCH_SIZE": ("at least 1, and at least the number of processes",
-                   lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
-    "NUM_WORKERS": ("0 or more", lambda v: v >= 0),
-    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(math.isfinite(x) for x in v)),
+MINIMUM = {"CACHE_GB": 0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0,
+           "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
+RULES = {  # what else a setting must satisfy, in words and as a test
+    "IMG_SIZE": ("a multiple of 32", lambda v: v % 32 == 0),
+    "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
+    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
     "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
-    "ENCODER": ("an encoder of segmentation_models_pytorch, e.g. resnet34",
-                lambda v: v in smp.encoders.get_encoder_names()),
+    "ENCODER": ("an encoder of segmentation_models_pytorch", lambda v: v in smp.encoders.get_encoder_names()),
     "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
     "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
-    "EPOCHS": ("at least 1", lambda v: v >= 1),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "WEIGHT_DECAY": ("0 or more", lambda v: 0 <= v < math.inf),
     "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
-    "ACCUMULATION_STEPS": ("at least 1", lambda v: v >= 1),
-    "GRAD_CLIP": ("0 or more", lambda v: 0 <= v < math.inf),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
-    "PLATEAU_PATIENCE": ("0 or more", lambda v: v >= 0),
-    "EARLY_STOPPING": ("0 or more", lambda v: v >= 0),
-    "SEED": ("0 or more", lambda v: 0 <= v < 2**63),
-    "DEVICE": ("cpu, or cuda or cuda:N where PyTorch sees that GPU (see 'GPU' in README.md; --device cpu always works)",
-               lambda v: v == "cpu" or v.startswith("cuda") and (torch.device(v).index or 0) < torch.cuda.device_count()),
+    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU (README.md, 'GPU'; --device cpu always works)",
+               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()),
     "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
 }
 
@@ -168,7 +159,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
     group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
-    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [the best one in OUTPUT_DIR]")
+    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
     # Names, types and defaults come from the constants; groups and help texts from the comments beside them.
     source = Path(__file__).read_text(encoding="utf-8")
     for title, name, comment in re.findall(r"^# --- (.+)$|^([A-Z_]+) = .*?  # (.+)$", source, re.M):
@@ -197,7 +188,8 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
 
 def check_settings(cfg: Settings, needs_data: bool = True) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    for name, (legal, holds) in RULES.items():
+    limits = {name: (f"{least} or more", lambda v, least=least: least <= v < 2**63) for name, least in MINIMUM.items()}
+    for name, (legal, holds) in [*limits.items(), *RULES.items()]:
         try:
             good = holds(getattr(cfg, name))
         except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
@@ -207,8 +199,8 @@ def check_settings(cfg: Settings, needs_data: bool = True) -> None:
     if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
     if needs_data and not Path(cfg.DATA_DIR or "").is_dir() or not cfg.DATA_DIR:
-        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that holds "
-                           "train/ and valid/")
+        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
+                           "holds train/ and valid/")
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
@@ -281,7 +273,7 @@ STOP = StopSignal()
 
 
 def progress(items, description: str, total: int | None = None):
-    """Iterate with a progress bar, and stop between two items when a signal has come. Every long loop goes through here."""
+    """Iterate with a progress bar, and stop between two items after a signal. Every long loop goes through here."""
     # disable=None: no bar where standard error is not a terminal.
     with tqdm(items, description, total, leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True) as bar:
         for item in bar:
@@ -316,8 +308,8 @@ def write_file(path: Path, write, required: bool = False) -> bool:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if required:
-            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free some disk space or "
-                               "mend the folder, then go on with --resume.", 1) from error
+            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, "
+                               "or mend the folder, then go on with --resume.", 1) from error
         warn(f"cannot write {path}: {error} (going on without it)")
         return False
 
@@ -336,6 +328,7 @@ def write_table(path: Path, rows: list[dict]) -> None:
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 20_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
+FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
 SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
 
 
@@ -424,8 +417,8 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     json_path = split_dir / ANNOTATION_FILE
     if not json_path.is_file():
         missing = json_path if split_dir.is_dir() else split_dir
-        raise TrainerError(f"not found: {missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and valid/, "
-                           f"each with its images and one {ANNOTATION_FILE}, as in a 'COCO Segmentation' export")
+        raise TrainerError(f"not found: {missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
+                           f"valid/, each with its images and one {ANNOTATION_FILE}, as a 'COCO Segmentation' export")
     try:
         coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -433,8 +426,8 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     for key in ("images", "annotations", "categories"):
         entries = coco.get(key) if isinstance(coco, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the format "
-                               "'COCO Segmentation'")
+            raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the "
+                               "format 'COCO Segmentation'")
     if not coco["images"]:
         raise TrainerError(f"{json_path} lists no images; export the data again, or take the folder out")
     names = {str(entry.get("id")): str(entry.get("name")) for entry in coco["categories"]}
@@ -452,14 +445,14 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         elif os.path.isabs(inside) or inside.startswith("..") or inside[1:2] == ":" or "\0" in inside:
             problems.append(f"image id {key}: the file name {name!r} points outside its folder")
         elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
-            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers of pixels from 1 to "
-                            f"{LARGEST_SIDE}")
+            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
+                            f"{LARGEST_SIDE} (pixels)")
         elif key in records:
             problems.append(f"image id {key} is used {listed_ids[key]} times, also for {name}")
         else:
             records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
     paths = Counter(os.path.normcase(record.path) for record in records.values())
-    problems += [f"{Path(path).name} is listed as {uses} images; keep one entry" for path, uses in paths.items() if uses > 1]
+    problems += [f"{Path(path).name} is listed {uses} times; keep one" for path, uses in paths.items() if uses > 1]
     for entry in coco["annotations"]:
         label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
         if str(entry.get("image_id")) not in listed_ids:
@@ -472,8 +465,11 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"{label} of {record.file_name}: {error}")
             continue
+        pixels = int(coco_mask.area(rle)) if rle is not None else 0
+        if rle is not None and pixels < FEW_PIXELS:
+            odd.append(f"the mask has only {pixels} pixels")
         remarks += [f"{record.file_name}, {label}: {remark}" for remark in odd]
-        if rle is not None and coco_mask.area(rle):
+        if pixels:
             record.rles.append(rle)
     if problems:
         raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{listed(problems)}\n"
@@ -502,7 +498,8 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
             unturned = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
             image = unturned if unturned.shape[:2] == (height, width) else image
     if image is None:
-        raise TrainerError(f"{path}: {f'no image, or cut short ({data.size} bytes)' if data.size else 'the file is empty'}")
+        found = f"not an image, or cut short ({data.size} bytes)" if data.size else "the file is empty"
+        raise TrainerError(f"{path}: {found}")
     if image.dtype != np.uint8:
         image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     return np.ascontiguousarray(image[..., ::-1])
@@ -517,7 +514,7 @@ def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a uint8 0/1 mask [H, W]: a pixel counts when at least half of its area is tumour. Centred, unlike NEAREST."""
+    """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
     return (resize(mask.astype(np.float32), height, width) >= 0.5).astype(np.uint8)
 
 
@@ -602,7 +599,7 @@ def scan(record: Record, img_size: int, cache: PixelCache | None) -> dict:
         cache.array[record.slot, ..., :3], cache.array[record.slot, ..., 3] = image, mask
     truth = record.mask()
     return {"error": "", "digest": hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest(),
-            "mask_digest": hashlib.sha256(truth.data).hexdigest(), "area": int(truth.sum()), "share": float(truth.mean()),
+            "mask_digest": hashlib.sha256(truth.data).hexdigest(), "share": float(truth.mean()),
             "vanishes": bool(truth.any() and not mask.any()), "differs": full.shape[:2] != truth.shape}
 
 
@@ -619,8 +616,8 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
     if not all(split.is_sample for split in splits.values()):  # a user's own data replaces all of the phantoms
         for name in [name for name, split in splits.items() if split.is_sample]:
             if name != "test":
-                raise TrainerError(f"{folder[name]} still holds the sample phantoms, unlike the other folders; put your own "
-                                   f"{name} set there")
+                raise TrainerError(f"{folder[name]} still holds the sample phantoms, unlike the other folders; "
+                                   f"put your own {name} set there")
             say("The test folder still holds the sample phantoms: the score on test is left out.")
             del splits[name]
     records = [record for split in splits.values() for record in split.records]
@@ -643,9 +640,9 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
         if bad:
             warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
         for name, split in splits.items():
-            if not split.records or name == "train" and not any(report["area"] for report in split.reports):
-                raise TrainerError(f"{folder[name]} has no {'tumour pixel' if split.records else 'readable image'} at all; "
-                                   "check its annotations (and CATEGORIES)")
+            if not split.records or name == "train" and not any(report["share"] for report in split.reports):
+                missing = "tumour pixel" if split.records else "readable image"
+                raise TrainerError(f"{folder[name]} has no {missing} at all; check its annotations (and CATEGORIES)")
         return splits, cache
     except BaseException:
         if cache is not None:
@@ -666,18 +663,19 @@ def print_audit(splits: dict[str, Split], img_size: int) -> None:
     """Print the table of what the splits hold, and below it what is suspicious."""
     columns, remarks, seen = [], [], {}
     for name, split in splits.items():
-        shares = [100 * report["share"] for report in split.reports if report["area"]] or [math.nan]
+        shares = [100 * report["share"] for report in split.reports if report["share"]] or [math.nan]
         columns.append({
             "Data": name, "images": len(split.records), "unreadable images": split.skipped,
-            "annotations": split.annotations, "images without tumour": sum(not report["area"] for report in split.reports),
+            "annotations": split.annotations,
+            "images without tumour": sum(not report["share"] for report in split.reports),
             "images with several tumours": sum(len(record.rles) > 1 for record in split.records),
-            "smallest tumour, % of image": f"{min(shares):.3f}", "median tumour, % of image": f"{np.median(shares):.2f}",
-            "largest tumour, % of image": f"{max(shares):.1f}", "files that the JSON does not name": split.unnamed})
+            "smallest tumour area, % of image": f"{min(shares):.3f}",
+            "median tumour area, % of image": f"{np.median(shares):.3f}",
+            "largest tumour area, % of image": f"{max(shares):.3f}",
+            "files that the JSON does not name": split.unnamed})
         remarks += [f"{name}/{remark}" for remark in split.remarks]
         for record, report in zip(split.records, split.reports):
             label = f"{name}/{record.file_name}"
-            if 0 < report["area"] < 10:
-                remarks.append(f"{label}: the whole mask is {report['area']} pixels")
             if report["vanishes"]:
                 remarks.append(f"{label}: the tumour disappears at IMG_SIZE {img_size}")
             if report["differs"]:
@@ -795,7 +793,7 @@ class EvenBatches(torch.utils.data.Sampler):
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
         for batch in np.array_split(order, self.batches):
-            if len(part := np.array_split(batch, self.world)[self.rank]):  # validation may have fewer images than processes
+            if len(part := np.array_split(batch, self.world)[self.rank]):  # none: fewer images than processes
                 yield [(self.epoch, int(index)) for index in part]
 
 
@@ -868,7 +866,8 @@ def read_weights(path: str | Path) -> dict:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise almost anything, from KeyError to UnicodeDecodeError
-        raise TrainerError(f"{path} is damaged or no weights file: {type(error).__name__}: {str(error)[:200]}") from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise TrainerError(f"{path} is damaged or no weights file ({reason})") from error
     if not isinstance(content, dict):
         raise TrainerError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return content
@@ -1070,19 +1069,19 @@ class StepGuard:
     def shrink(self, images: int) -> None:
         """After a forward pass of so many images ran out of memory: halve them, or give up."""
         if world_size() > 1:
-            raise TrainerError("a GPU ran out of memory; with several processes the step cannot be repeated. What helps: a "
-                               "smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
+            raise TrainerError("a GPU ran out of memory; with several processes the step cannot be repeated. What helps: "
+                               "a smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
         self.micro_batch = half_of(images)
         self.restore(torch.ones((), dtype=torch.bool, device=self.device))
-        warn(f"out of GPU memory: from here on at most {self.micro_batch} image(s) per forward pass. The gradient stays "
-             "that of the whole batch, but BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
+        warn(f"out of GPU memory: from here on at most {self.micro_batch} image(s) per forward pass. The gradient "
+             "stays that of the whole batch, BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
 
 
 def half_of(images: int) -> int:
-    """How many images to try after so many did not fit into the GPU's memory. Raises TrainerError after a single one."""
+    """How many images to try after so many did not fit into the GPU. Raises TrainerError after a single one."""
     if images == 1:
-        raise TrainerError("the GPU has too little memory for a single image. What helps: a smaller IMG_SIZE; a smaller "
-                           "ENCODER, e.g. resnet18; closing other programs on the GPU; --device cpu (slow)", 1)
+        raise TrainerError("the GPU has too little memory for a single image. What helps: a smaller IMG_SIZE; a "
+                           "smaller ENCODER, e.g. resnet18; closing other programs on the GPU; --device cpu (slow)", 1)
     torch.cuda.empty_cache()
     return (images + 1) // 2
 
@@ -1112,7 +1111,8 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, 
         done = False
         while not done:
             size = min(guard.micro_batch, max(len(images) for images, _ in group))
-            parts = [(images[i:i + size], masks[i:i + size]) for images, masks in group for i in range(0, len(images), size)]
+            parts = [(images[i:i + size], masks[i:i + size])
+                     for images, masks in group for i in range(0, len(images), size)]
             loss = torch.zeros((), device=device)
             try:
                 for number, (images, masks) in enumerate(parts, 1):
@@ -1235,11 +1235,11 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None)
     weights = read_weights(checkpoint)
     record, problem = read_record(checkpoint)
     if problem:
-        warn(f"{checkpoint}: {problem}; using the script's constants (ENCODER {ENCODER}, IMG_SIZE {IMG_SIZE}, MEAN, STD, "
-             "threshold 0.5)")
+        warn(f"{checkpoint}: {problem}; using the script's constants (ENCODER {ENCODER}, IMG_SIZE {IMG_SIZE}, "
+             "MEAN, STD, threshold 0.5)")
     model = build_model(record.get("encoder", ENCODER))[0]
     fit_weights(model, weights, checkpoint)
-    model.prediction_settings = prediction_settings(**{key: record[key] for key in prediction_settings() if key in record})
+    model.prediction_settings = prediction_settings(**{name: record[name] for name in prediction_settings() if record})
     return model.to(device or DEVICE).eval()
 
 
@@ -1404,9 +1404,9 @@ def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str =
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
     """Training images, masks outlined: below each one as loaded the same one as the network may see it."""
     # Images with a tumour first: their outlines show whether masks lie where they should.
-    order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].rles, i * 7919 % len(dataset)))[:2 * columns]
+    order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].rles, i * 7919 % len(dataset)))
     rows = []
-    for first in range(0, len(order), columns):
+    for first in range(0, min(2 * columns, len(order)), columns):
         for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
             row = [(i, *get(i)) for i in order[first:first + columns]]
             rows.append([(draw_overlay(image, np.zeros_like(mask), mask),
@@ -1419,7 +1419,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
     figure = Figure(figsize=(15, 4.5))
     panels = (("Loss", {"train_loss": "training", "valid_loss": "validation"}),
-              ("Validation score (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "AdamW"}))
+              ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "AdamW"}))
     for axis, (title, lines) in zip(figure.subplots(1, 3), panels):
         for key, label in lines.items():
             axis.plot(epochs, [row[key] for row in history], marker="." if len(history) < 30 else None, label=label)
@@ -1432,7 +1432,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
     save_figure(path, figure)
 
 
-def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2) -> None:
+def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2):
     """Best, median and worst test cases: image, truth, prediction, and overlay with the Dice of the case."""
     order = [int(i) for i in np.argsort(-dice, kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
@@ -1495,8 +1495,8 @@ class Run:
     def load(self, state: dict) -> None:
         """Go on from a state. Raises TrainerError when it belongs to other data."""
         if state["data"] != self.data:
-            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data back, "
-                               "or start a new run in another OUTPUT_DIR")
+            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
+                               "back, or start a new run in another OUTPUT_DIR")
         for name in self.PLAIN:
             setattr(self, name, state[name])
         if self.reverted:
@@ -1515,8 +1515,8 @@ class Run:
     def revert(self, state: dict, why: str) -> None:
         """Once: back to the last good state, and on in float32. Raises TrainerError the second time."""
         if self.reverted:
-            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. Look "
-                               "at training_samples.png and the images for damaged data, or try a smaller LR.", 1)
+            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. "
+                               "Look at training_samples.png for damaged data, or try a smaller LR.", 1)
         self.load(state)
         self.go_on_in_float32()
         warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
@@ -1536,8 +1536,8 @@ def read_last(cfg: Settings) -> dict:
     """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
     path = Path(cfg.OUTPUT_DIR) / LAST
     if not path.is_file():
-        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the run's "
-                           "folder with OUTPUT_DIR")
+        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the "
+                           "run's folder with OUTPUT_DIR")
     state = read_weights(path)
     if missing := {"settings", "random", *Run.PLAIN, *Run.STATEFUL} - set(state):
         raise TrainerError(f"{path} is not the state of a run of this script: it has no {', '.join(sorted(missing))}")
@@ -1546,9 +1546,9 @@ def read_last(cfg: Settings) -> dict:
     differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in new
                if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
     if differs:
-        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, or "
-                           f"start a new run in another OUTPUT_DIR. What may change: {', '.join(RESUME_MAY_CHANGE)} (but "
-                           "not the images per step, BATCH_SIZE * ACCUMULATION_STEPS).")
+        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, "
+                           "or start a new run in another OUTPUT_DIR. What may change: "
+                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
     return state
 
 
@@ -1562,16 +1562,8 @@ def describe_machine(cfg: Settings, device: torch.device) -> None:
         warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
              "Install the CUDA build that https://pytorch.org/get-started/locally names for your system.")
     if device.type == "cpu":
-        say("No GPU is used: at 256 px expect one or two images per second, hours or days for a real data set. For a first\n"
-            "look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
-
-
-def shared(make):
-    """make() in the first process, its result in all; with several processes they share one machine or one disk."""
-    result = [make() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, 0)
-    return result[0]
+        say("No GPU is used: at 256 px expect one or two images per second, hours or days for a real data set. For a\n"
+            "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
 
 
 @contextlib.contextmanager
@@ -1624,7 +1616,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
     torch.use_deterministic_algorithms(cfg.DETERMINISTIC, warn_only=True)
     torch.set_float32_matmul_precision("highest" if cfg.DETERMINISTIC else "high")  # TF32 for what stays float32
     describe_machine(cfg, device)
-    state = shared(lambda: read_last(cfg)) if resume else None
+    state = read_last(cfg) if resume else None
     keep = None if resume else announce_earlier_run(output, command)
 
     with shared_data(cfg, ["train", "valid", "test"]) as (splits, cache):
@@ -1642,11 +1634,11 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
             "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in
                                                                  (torch, torchvision, smp, A, cv2, np, matplotlib)},
             "device": str(device), "platform": platform.platform(), "encoder_weights_from": run.weights_from,
-            "data_counts": {name: {"images": len(split.records), "annotations": split.annotations, "skipped": split.skipped,
-                                   "without_tumour": sum(not row.rles for row in split.records)}
-                            for name, split in splits.items()}}
+            "data_counts": {name: {"images": len(split.records), "annotations": split.annotations,
+                                   "without_tumour": sum(not row.rles for row in split.records),
+                                   "skipped": split.skipped} for name, split in splits.items()}}
         if state:
-            say(f"Going on after epoch {run.epoch}; best validation Dice so far {run.best_dice:.4f} (epoch {run.best_epoch}).")
+            say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch}).")
             if run.epoch >= cfg.EPOCHS:
                 say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
             elif state["settings"]["EPOCHS"] < cfg.EPOCHS:
@@ -1659,15 +1651,15 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
         while run.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING):
             began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             loaders["train"].batch_sampler.set_epoch(run.epoch)
-            stats = train_one_epoch(run.parallel, loaders["train"], criterion, run.optimizer, run.scaler, device, cfg=cfg,
-                                    guard=run.guard, epoch=run.epoch)
+            stats = train_one_epoch(run.parallel, loaders["train"], criterion, run.optimizer, run.scaler, device,
+                                    cfg=cfg, guard=run.guard, epoch=run.epoch)
             speed = len(splits["train"].records) / (time.perf_counter() - began)
             if world_size() > 1:
                 for buffer in run.model.buffers():  # validate with the statistics that the checkpoint will hold
                     dist.broadcast(buffer, 0)
             scores = validate(run.model, loaders["valid"], criterion, device, cfg=cfg)
             if stats.pop("persistent") or not math.isfinite(scores["valid_loss"]):
-                run.revert(good or shared(lambda: read_weights(output / LAST)),
+                run.revert(good or read_weights(output / LAST),
                            f"epoch {run.epoch + 1}: the loss or its gradient is not finite ({stats['dropped']} steps "
                            f"dropped, validation loss {scores['valid_loss']:.4g})")
                 continue
@@ -1693,12 +1685,12 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
                 f"{speed:6.1f} img/s  {row['seconds']:6.1f} s  left {timedelta(seconds=round(left))}"
                 + (f"  dropped {row['dropped']}" if row["dropped"] else "") + ("  * best" if improved else ""))
         if run.epoch < cfg.EPOCHS:
-            say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING = {cfg.EARLY_STOPPING}).")
-        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch}, at {cfg.IMG_SIZE} px and threshold 0.5.")
+            say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING).")
+        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
         del loaders, run  # ends the workers and frees the GPU before the evaluation
         evaluate_checkpoint(cfg, output / BEST, splits, cache)
     say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
-        "Look at training_history.png, training_samples.png" + (" and test_predictions.png." if "test" in splits else "."))
+        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
 
 
 def run_mode(cfg: Settings, mode: argparse.Namespace, command: str) -> None:
@@ -1743,7 +1735,7 @@ def resume_command(argv: list[str] | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the script. argv: the words of the command line, default sys.argv[1:].
 
-    Returns the exit code: 0 done, 1 stopped by a failure, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM.
+    Returns the exit code: 0 done, 1 failed on the way, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Chinese path must not end a run whose output goes to a file
@@ -1762,11 +1754,11 @@ def main(argv: list[str] | None = None) -> int:
         failure = error
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
-            failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with fewer:\n"
-                                   f"  {command} --num-workers 0", 1)
+            failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with "
+                                   f"fewer of them:\n  {command} --num-workers 0", 1)
         elif isinstance(error, MemoryError) or "not enough memory" in str(error):
-            failure = TrainerError(f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more ACCUMULATION_STEPS, "
-                                   f"or fewer NUM_WORKERS:\n  {command}", 1)
+            failure = TrainerError(f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more "
+                                   f"ACCUMULATION_STEPS, or fewer NUM_WORKERS:\n  {command}", 1)
         elif not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
             raise
     finally:
