@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -1069,12 +1070,12 @@ class StepGuard:
     def shrink(self, images: int) -> None:
         """After a forward pass of so many images ran out of memory: halve them, or give up."""
         if world_size() > 1:
-            raise TrainerError("a GPU ran out of memory; with several processes the step cannot be repeated. What helps: "
-                               "a smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
+            raise TrainerError("a GPU ran out of memory, and several processes cannot repeat a step. What helps: a "
+                               "smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
         self.micro_batch = half_of(images)
         self.restore(torch.ones((), dtype=torch.bool, device=self.device))
-        warn(f"out of GPU memory: from here on at most {self.micro_batch} image(s) per forward pass. The gradient "
-             "stays that of the whole batch, BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
+        warn(f"out of GPU memory: from now on at most {self.micro_batch} image(s) per forward pass. The gradient "
+             "stays that of the batch, but BatchNorm sees smaller ones. A smaller BATCH_SIZE avoids this.")
 
 
 def half_of(images: int) -> int:
@@ -1220,27 +1221,28 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
         return {}, f"{path.name} is damaged"
 
 
-def prediction_settings(img_size: int = IMG_SIZE, mean: tuple = MEAN, std: tuple = STD, threshold: float = 0.5) -> dict:
+def prediction_settings(cfg: Settings) -> dict:
     """What predict_mask() has to know beside the weights."""
-    return {"img_size": img_size, "mean": tuple(mean), "std": tuple(std), "threshold": threshold}
+    return {"img_size": cfg.IMG_SIZE, "mean": cfg.MEAN, "std": cfg.STD, "threshold": 0.5}
 
 
-def load_model(checkpoint: str | Path, device: str | torch.device | None = None) -> torch.nn.Module:
+def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
+               cfg: Settings | None = None) -> torch.nn.Module:
     """Load a checkpoint of this script for prediction, with the settings in the JSON beside it.
 
-    device: where to put the model; default: DEVICE. Without the JSON, or with one of another checkpoint, the script's
-    constants are used, with a warning. Raises TrainerError when the file is missing, damaged or does not fit.
+    device: where to put the model; default: DEVICE. cfg (default: the constants) is used instead, with a warning, when
+    there is no JSON or only one of another checkpoint. Raises TrainerError when the file is missing, damaged or unfit.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, cfg = Path(checkpoint), cfg or default_settings()
     weights = read_weights(checkpoint)
     record, problem = read_record(checkpoint)
+    settings = prediction_settings(cfg)
     if problem:
-        warn(f"{checkpoint}: {problem}; using the script's constants (ENCODER {ENCODER}, IMG_SIZE {IMG_SIZE}, "
-             "MEAN, STD, threshold 0.5)")
-    model = build_model(record.get("encoder", ENCODER))[0]
+        warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
+    model = build_model(record.get("encoder", cfg.ENCODER))[0]
     fit_weights(model, weights, checkpoint)
-    model.prediction_settings = prediction_settings(**{name: record[name] for name in prediction_settings() if record})
-    return model.to(device or DEVICE).eval()
+    model.prediction_settings = settings | {name: record[name] for name in settings if record}
+    return model.to(device or cfg.DEVICE).eval()
 
 
 # ===== Prediction, and evaluation through the same path ===============================================================
@@ -1270,9 +1272,8 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
         raise ValueError("image must be an RGB uint8 array [H, W, 3], as read_image() returns; got "
                          f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}")
     if not hasattr(model, "prediction_settings"):
-        warn("this model was not loaded by load_model(): predicting with the script's constants "
-             f"(IMG_SIZE {IMG_SIZE}, MEAN, STD, threshold 0.5)")
-        model.prediction_settings = prediction_settings()
+        model.prediction_settings = prediction_settings(default_settings())
+        warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
     size = model.prediction_settings["img_size"]
     probability = predict_probability(model, resize(image, size, size), *image.shape[:2])
     return (probability >= np.float32(model.prediction_settings["threshold"])).astype(np.uint8)
@@ -1299,7 +1300,7 @@ def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, threshold
 
 def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """Find the threshold on valid, score test with it, write the tables and pictures, and update the record."""
-    model, output, record = load_model(checkpoint, cfg.DEVICE), Path(cfg.OUTPUT_DIR), read_record(checkpoint)[0]
+    model, output, record = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR), read_record(checkpoint)[0]
     dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, model.prediction_settings["img_size"],
                                        records=split.records, cache=cache) for name, split in splits.items()}
     counts = evaluate_split(model, dataset["valid"], THRESHOLDS, "valid")
@@ -1348,7 +1349,7 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         say(f"Left out {own} file(s) that this script has written, or whose names end in _mask or _overlay.")
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    model = load_model(checkpoint, cfg.DEVICE)
+    model = load_model(checkpoint, cfg=cfg)
     for path in progress(files, "Predicting"):
         try:
             image = read_image(path)
@@ -1630,7 +1631,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
         run, criterion = Run(cfg, device, fingerprint(splits), state), LOSSES[cfg.LOSS]()
         good = None if state else run.state()  # what to go back to before the first checkpoint
         record = {
-            "encoder": cfg.ENCODER, **prediction_settings(cfg.IMG_SIZE, cfg.MEAN, cfg.STD), "settings": vars(cfg),
+            "encoder": cfg.ENCODER, **prediction_settings(cfg), "settings": vars(cfg),
             "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in
                                                                  (torch, torchvision, smp, A, cv2, np, matplotlib)},
             "device": str(device), "platform": platform.platform(), "encoder_weights_from": run.weights_from,
@@ -1741,6 +1742,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a Chinese path must not end a run whose output goes to a file
             stream.reconfigure(errors="backslashreplace")
     cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
+    # Where workers come from a fork server, they share what it has imported.
+    multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
     command, cfg, failure = resume_command(argv), None, None
     STOP.signum = 0
     handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
