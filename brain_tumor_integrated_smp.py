@@ -625,10 +625,11 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, len(records))
+    pool = ThreadPoolExecutor(available_cores())  # OpenCV decodes and resizes without Python's lock
     try:
-        with ThreadPoolExecutor(available_cores()) as pool:  # OpenCV decodes and resizes without Python's lock
-            jobs = (pool.submit(scan, record, cfg.IMG_SIZE, cache) for record in records)
-            reports = [job.result() for job in progress(ahead(jobs), "Reading images", len(records))]
+        jobs = pool.map(lambda record: scan(record, cfg.IMG_SIZE, cache), records)
+        reports = list(progress(jobs, "Reading images", len(records)))
+        pool.shutdown()
         bad = [report["error"] for report in reports if report["error"]]
         for split in splits.values():
             good = [record for record in split.records if not reports[record.slot]["error"]]
@@ -646,18 +647,10 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
                 raise TrainerError(f"{folder[name]} has no {missing} at all; check its annotations (and CATEGORIES)")
         return splits, cache
     except BaseException:
+        pool.shutdown(cancel_futures=True)
         if cache is not None:
             cache.close()
         raise
-
-
-def ahead(items, count: int = 64):
-    """The same items in the same order, of which `count` are started before the first is used."""
-    items = iter(items)
-    waiting = list(itertools.islice(items, count))
-    while waiting:
-        yield waiting.pop(0)
-        waiting += itertools.islice(items, 1)
 
 
 def print_audit(splits: dict[str, Split], img_size: int) -> None:
