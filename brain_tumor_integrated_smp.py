@@ -106,8 +106,9 @@ SYNC_BATCHNORM = True  # True: with several GPUs, BatchNorm sees the whole batch
 
 CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)  # all settings above, in this order
 
-MINIMUM = {"CACHE_GB": 0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0,
-           "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
+# The least value of each number; where it stands without a decimal point, whole numbers only.
+MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0.0,
+           "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
 RULES = {  # what else a setting must satisfy, in words and as a test
     "IMG_SIZE": ("a multiple of 32", lambda v: v % 32 == 0),
     "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
@@ -152,7 +153,14 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     def fail(message):
         raise TrainerError(f"{message} (--help lists the options)")
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    def text(word):
+        return None if word.lower() == "none" else word
+
+    def number(word):
+        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
+
+    usage = "%(prog)s [--resume | --audit | --evaluate | --predict PATH ...] [--name-of-a-constant VALUE ...]"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=usage, allow_abbrev=False,
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
     parser.error = fail  # one sentence, as for every other error, instead of the whole usage
     group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
@@ -163,7 +171,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
     # Names, types and defaults come from the constants; groups and help texts from the comments beside them.
     source = Path(__file__).read_text(encoding="utf-8")
-    for title, name, comment in re.findall(r"^# --- (.+)$|^([A-Z_]+) = .*?  # (.+)$", source, re.M):
+    for title, name, comment in re.findall(r"^# --- (.+)$|^([A-Z_]+) = [^#\n]*(?:# *(.+))?$", source, re.M):
         if title:
             group = parser.add_argument_group(title)
         elif name in CONSTANTS:
@@ -172,11 +180,10 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
             if isinstance(value, bool):
                 options |= {"action": argparse.BooleanOptionalAction}
             elif isinstance(value, tuple):
-                options |= {"nargs": "*", "type": type(value[0]) if value else str, "metavar": "VALUE"}
-            elif value is None or isinstance(value, str):
-                options |= {"type": lambda word: None if word.lower() == "none" else word, "metavar": "TEXT"}
+                options |= {"nargs": "*", "type": number if name in RULES else str, "metavar": "VALUE"}
             else:
-                options |= {"type": type(value), "metavar": type(value).__name__.upper()}
+                kind = text if value is None or isinstance(value, str) else number
+                options |= {"type": kind, "metavar": kind.__name__.upper()}
             group.add_argument("--" + name.lower().replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     cfg = Settings(**{name: given.pop(name) for name in CONSTANTS})
@@ -189,7 +196,9 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
 
 def check_settings(cfg: Settings, needs_data: bool = True) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    limits = {name: (f"{least} or more", lambda v, least=least: least <= v < 2**63) for name, least in MINIMUM.items()}
+    limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
+                     lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
+              for name, least in MINIMUM.items()}
     for name, (legal, holds) in [*limits.items(), *RULES.items()]:
         try:
             good = holds(getattr(cfg, name))
@@ -322,6 +331,12 @@ def write_table(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, table.getvalue().encode("utf-8"))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a uint8 grey [H, W] or RGB [H, W, 3] array as PNG; cv2.imwrite fails on non-ASCII paths on Windows."""
+    png = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])[1]
+    write_file(path, png.tobytes(), required=True)
 
 
 # ===== Annotations and image files ====================================================================================
@@ -890,22 +905,21 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None) -> t
     """
     build = functools.partial(smp.UnetPlusPlus, encoder_name=encoder, in_channels=3, classes=1)
     try:
+        model = build(encoder_weights=None)
         if encoder_weights == "imagenet":
             say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
-            try:
-                return build(encoder_weights="imagenet"), "imagenet"
-            except OSError as error:  # every failure of the network or of the hub is one
-                reason = f"download failed: {type(error).__name__}: {str(error).splitlines()[0]}"
-            warn(f"no ImageNet weights ({reason}).\n"
-                 "Training starts from RANDOM weights, which costs accuracy. To get them after all:\n"
-                 "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
-                 "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
-                 "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
-            return build(encoder_weights=None), f"random ({reason})"
-        model = build(encoder_weights=None)
+            return build(encoder_weights="imagenet"), "imagenet"
     except (KeyError, ValueError, NotImplementedError) as error:
         raise TrainerError(f"UNet++ cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}: "
                            f"{error}") from None
+    except Exception as error:  # networks, proxies and hubs fail in many ways; model was built before
+        reason = f"download failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warn(f"no ImageNet weights ({reason}).\n"
+             "Training starts from RANDOM weights, which costs accuracy. To get them after all:\n"
+             "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
+             "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
+             "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
+        return model, f"random ({reason})"
     if encoder_weights is None:
         return model, "random"
     weights = {name: value for name, value in read_weights(encoder_weights).items() if not name.startswith("fc.")}
@@ -1085,7 +1099,7 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, 
                     guard: StepGuard | None = None, epoch: int = 0) -> dict[str, float]:
     """One pass over the loader's (images, masks) batches; see to_input() and to_target() for their types.
 
-    criterion: a mean over images. optimizer: fused, so that a bad step can be skipped without asking the GPU.
+    criterion: a mean over images. optimizer: any; a fused one skips a bad step without asking the GPU.
     cfg: ACCUMULATION_STEPS, GRAD_CLIP, PRECISION, MEAN and STD are used (default: the constants).
     Returns train_loss (mean over images), dropped (steps left out because a number was not finite), and persistent
     (1.0 if these were too many to go on). Raises Interrupted, and TrainerError when memory cannot suffice.
@@ -1128,9 +1142,11 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
         bad = ~norm.isfinite()
-        if not scaler.is_enabled():
+        fused = optimizer.defaults.get("fused")
+        if fused and not scaler.is_enabled():
             optimizer.found_inf = bad.float()  # what GradScaler sets otherwise: a fused optimizer skips the step
-        scaler.step(optimizer)
+        if fused or scaler.is_enabled() or not bad:  # only another optimizer has to wait for the answer
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         guard.after_step(loss, images_in_step, bad, scaler.is_enabled())
@@ -1261,14 +1277,15 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
 
     Raises ValueError for any other kind of image.
     """
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
         raise ValueError("image must be an RGB uint8 array [H, W, 3], as read_image() returns; got "
                          f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}")
     if not hasattr(model, "prediction_settings"):
         model.prediction_settings = prediction_settings(default_settings())
         warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
     size = model.prediction_settings["img_size"]
-    probability = predict_probability(model, resize(image, size, size), *image.shape[:2])
+    small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
+    probability = predict_probability(model, small, *image.shape[:2])
     return (probability >= np.float32(model.prediction_settings["threshold"])).astype(np.uint8)
 
 
@@ -1327,19 +1344,22 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
 def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
 
-    Nothing that exists is overwritten: a taken name gets a number. What this script has written is no input.
+    Nothing that exists is overwritten: a taken name gets a number. What this script has written (a mask and an overlay
+    side by side) is no input.
     """
     files, own, bad = [], 0, []
     for source in map(Path, sources):
         if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-            if source.is_dir() and (path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?$", path.stem)):
+            twins = [path.with_name(re.sub(r"_(mask|overlay)(?=(_\d+)?\.png$)", f"_{kind}", path.name))
+                     for kind in ("mask", "overlay")]
+            if path.name in RUN_FILES or twins[0] != twins[1] and all(twin.exists() for twin in twins):
                 own += 1
             elif path == source or path.suffix.lower() in IMAGE_SUFFIXES:
                 files.append(path)
     if own:
-        say(f"Left out {own} file(s) that this script has written, or whose names end in _mask or _overlay.")
+        say(f"Left out {own} file(s) that this script has written.")
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     model = load_model(checkpoint, cfg=cfg)
@@ -1355,8 +1375,8 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
             targets = [Path(cfg.OUTPUT_DIR) / f"{path.stem}_{kind}{suffix}" for kind in ("mask", "overlay")]
             if not any(target.exists() for target in targets):
                 break
-        for target, picture in zip(targets, (mask * 255, draw_overlay(image, mask)[..., ::-1])):
-            write_file(target, cv2.imencode(".png", picture)[1].tobytes(), required=True)
+        for target, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
+            write_image(target, picture)
         say(f"{path}: {100 * mask.mean():.2f} % tumour -> {targets[0].name}, {targets[1].name}")
     if bad:
         raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{listed(bad)}")
@@ -1560,6 +1580,16 @@ def describe_machine(cfg: Settings, device: torch.device) -> None:
             "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
 
 
+def start_processes(cfg: Settings) -> None:
+    """Under torchrun, join the other processes, each with its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if cfg.DEVICE.startswith("cuda"):
+            cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(cfg.DEVICE)
+        # Two hours, because the others wait while the first process of each machine reads all images.
+        dist.init_process_group("nccl" if cfg.DEVICE.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+
+
 @contextlib.contextmanager
 def shared_data(cfg: Settings, names: list[str]):
     """prepare_data() once on each machine, for all its processes; the cache is removed at the end of the block."""
@@ -1681,6 +1711,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
         if run.epoch < cfg.EPOCHS:
             say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING).")
         say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
+        gather(None)  # waits until the first process has written the best model
         del loaders, run  # ends the workers and frees the GPU before the evaluation
         evaluate_checkpoint(cfg, output / BEST, splits, cache)
     say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
@@ -1690,14 +1721,9 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
 def run_mode(cfg: Settings, mode: argparse.Namespace, command: str) -> None:
     """Do what the command line asks for. Raises TrainerError and Interrupted."""
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun: each process has its own GPU
-        if mode.predict:
-            raise TrainerError("--predict runs in one process; start it without torchrun")
-        if cfg.DEVICE.startswith("cuda"):
-            cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(cfg.DEVICE)
-        # The others wait while the first process of each machine reads all images.
-        dist.init_process_group("nccl" if cfg.DEVICE.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    if mode.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainerError("--predict runs in one process; start it without torchrun")
+    start_processes(cfg)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
@@ -1761,10 +1787,11 @@ def main(argv: list[str] | None = None) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if STOP.signum:
+        code, STOP.signum = 128 + STOP.signum, 0
         say("\nStopped.")
         if cfg and (Path(cfg.OUTPUT_DIR) / LAST).is_file() and not (mode.predict or mode.audit or mode.evaluate):
             say(f"The last finished epoch is saved. To go on from there:\n  {command}")
-        return 128 + STOP.signum
+        return code
     if failure.exit_code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
         print(f"error: {failure}", file=sys.stderr, flush=True)
     return failure.exit_code
