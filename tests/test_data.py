@@ -32,7 +32,7 @@ def one_image(folder, annotations, image=None, name="a.png", height=40, width=50
 
 def masks(folder, categories=()):
     """The masks of a split at the resolution of its annotations, in the order of the file."""
-    return [record.mask() for record in script.read_coco(folder, categories)[0]]
+    return [record.mask() for record in script.BrainTumorDataset(folder, categories=categories).records]
 
 
 def dice(a, b):
