@@ -1,4 +1,4 @@
-"""Augmentation: what each transform does, that they are independent, and that (seed, epoch, image) decides everything."""
+"""Augmentation: what each transform does, that they are independent, and that (seed, epoch, image) decides all."""
 
 import copy
 

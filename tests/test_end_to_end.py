@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, script
 from pycocotools.coco import COCO
 
-EPOCHS = 10  # of the fixture
+EPOCHS = 10  # as the fixture says
 SCORES = ["dice", "iou", "precision", "recall"]
 POOLED = ["pooled_" + name for name in SCORES]
 
@@ -160,7 +160,8 @@ def test_the_threshold_is_the_best_one_for_dice_on_valid(record, out):
     model, masks = script.load_model(out / "unet_plusplus_best.pth", "cpu"), truths("valid")
     found = {}
     probability = {name: script.predict_probability(
-        model, script.resize(script.read_image(ROOT / "valid" / name), 64, 64), *mask.shape) for name, mask in masks.items()}
+        model, script.resize(script.read_image(ROOT / "valid" / name), 64, 64), *mask.shape)
+        for name, mask in masks.items()}
     for threshold in script.THRESHOLDS:
         counts = [[(guess & truth).sum(), (guess & ~truth).sum(), (truth & ~guess).sum()] for guess, truth in (
             (probability[name] >= np.float32(threshold), mask > 0) for name, mask in masks.items())]

@@ -109,7 +109,8 @@ def test_a_better_mask_gives_a_lower_loss(name):
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)
-@pytest.mark.parametrize("case", ["perfect", "empty, seen as empty", "all wrong", "empty, seen as full", "full", "even"])
+@pytest.mark.parametrize("case", ["perfect", "all wrong", "empty, seen as empty", "empty, seen as full", "full",
+                                  "even"])
 @pytest.mark.parametrize("size", [4.0, 100.0, 1e4])
 def test_values_and_gradients_are_finite_everywhere(name, case, size):
     """(1 - TI)^0.75 has no derivative at TI = 1, and sigmoids saturate."""
@@ -284,7 +285,7 @@ def test_the_thresholds_that_are_tried_cover_the_range_evenly():
 
 
 def test_validation_scores_do_not_depend_on_the_batch_size():
-    """Means over all images and their counts, never over batches; here 5 images in batches of 2, 2, 1 or all at once."""
+    """Means over all images and their counts, never over batches; 5 images in batches of 2, 2, 1 or all at once."""
     logits, targets = random_batch(5, 64, seed=5)
     images = logits.repeat(1, 3, 1, 1)
 
