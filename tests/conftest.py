@@ -68,3 +68,16 @@ def run_script(*arguments, env=None, **options):
     """Run the script as a user does; returns the finished process with text output."""
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, encoding="utf-8",
                           env=os.environ | (env or {}), timeout=600, **options)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: long repetitions, only run with -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the soaks unless the command line selects by marker."""
+    if config.option.markexpr:
+        return
+    soaks = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=soaks)
+    items[:] = [item for item in items if item not in soaks]
