@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "brain_tumor_integrated_smp.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+pytest.register_assert_rewrite("background")
+
 import brain_tumor_integrated_smp as script  # noqa: E402
 
 # A run that takes seconds on two cores: a small encoder, small squares, no download.
