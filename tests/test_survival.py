@@ -68,18 +68,21 @@ os.replace = replace
 
 
 JSON = "unet_plusplus_best.json"
-CRASHES = [  # in this order on one run: (file, moment, epochs finished afterwards)
-    (BEST, "before", 0), (BEST, "after", 0), (JSON, "after", 0), (LAST, "before", 0), (LAST, "after", 1),
-    (BEST, "before", 1), (BEST, "after", 1), (JSON, "before", 1), (JSON, "after", 1), (LAST, "before", 1),
-    ("training_history.csv", "before", 2), ("training_history.csv", "after", 3), ("training_history.png", "before", 4),
-    ("test_metrics.csv", "before", 4), ("test_predictions.png", "after", 4)]
+CRASHES = [  # (file, moment), in this order on one run
+    (BEST, "before"), (BEST, "after"), (JSON, "after"), (LAST, "before"), (LAST, "after"),
+    (BEST, "before"), (BEST, "after"), (JSON, "before"), (JSON, "after"), (LAST, "before"), (LAST, "after"),
+    ("training_history.csv", "before"), ("training_history.csv", "after"), ("training_history.png", "before"),
+    ("test_metrics.csv", "before"), ("test_predictions.png", "after")]
 
 
 @functools.cache
 def crashed_run():
-    """A run of 4 epochs, killed around every file it puts in place. Returns (its folder, what was seen each time)."""
+    """A run of 4 epochs, killed around every file it puts in place.
+
+    Returns (its folder, [(file, moment, finished epochs, what is wrong with the best model) after each kill]).
+    """
     folder, seen = scratch() / "crashed", []
-    for name, when, _ in CRASHES:
+    for name, when in CRASHES:
         more = ["--resume"] if (folder / LAST).is_file() else []
         code, text = run(arguments(folder, "--num-workers", 0, *more), kill_at(name, when))
         assert code == -signal.SIGKILL, (name, when, text)
@@ -91,7 +94,10 @@ def crashed_run():
 
 
 def test_killed_around_every_rename_the_state_is_never_lost():
-    assert [(name, when, epoch) for name, when, epoch, _ in crashed_run()[1]] == CRASHES
+    epochs = [epoch for _, _, epoch, _ in crashed_run()[1]]
+    assert epochs == sorted(epochs)
+    assert epochs[:4] == [0, 0, 0, 0]  # the first epoch is repeated until its state is in place
+    assert epochs[4:11] == [1, 1, 1, 1, 1, 1, 2]
 
 
 def test_killed_around_every_rename_the_best_model_loads():
@@ -288,7 +294,7 @@ DISK_FULL = RISING + """
 import resource
 def train_one_epoch(*args, inner=script.train_one_epoch, **options):
     if options["epoch"] == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
     return inner(*args, **options)
 script.train_one_epoch = train_one_epoch
 """
@@ -296,7 +302,7 @@ script.train_one_epoch = train_one_epoch
 
 @pytest.mark.parametrize("limit, file", [(40_000_000, LAST), (10_000_000, BEST), (100, BEST)])
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(limit, file, tmp_path):
-    code, text = run(arguments(tmp_path), DISK_FULL.format(limit=limit))
+    code, text = run(arguments(tmp_path), DISK_FULL.replace("LIMIT", str(limit)))
     assert code == 1, text
     assert f"cannot write {tmp_path / file}" in text and "--resume" in text and "Traceback" not in text
     assert leftovers(tmp_path) == [] and load_best(tmp_path) == ""
@@ -615,7 +621,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(sizes, accumulation,
     model = Limited(most)
     parts, stats = gradients(model, sizes, accumulation)
     assert "out of GPU memory" in capfd.readouterr().err
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
     assert (parts - whole).norm() < 1e-4 * whole.norm()
     assert stats["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
     assert stats["dropped"] == 0 and max(model.sizes[-2:]) <= most
