@@ -1,7 +1,7 @@
 """Brain-tumour segmentation: UNet++ with a ResNet34 encoder, trained on a folder of MRI slices with COCO polygons.
 
     python brain_tumor_integrated_smp.py                                   train with the constants below
-    python brain_tumor_integrated_smp.py --img-size 128 --epochs 3         any constant, without editing
+    python brain_tumor_integrated_smp.py --img-size 128 --epochs 5         any constant, without editing
     python brain_tumor_integrated_smp.py --resume                          go on with an interrupted run
     python brain_tumor_integrated_smp.py --audit                           check the data and stop
     python brain_tumor_integrated_smp.py --evaluate                        threshold and test scores of the best model
@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import random
 import re
@@ -37,14 +36,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import uuid
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace as Settings  # the constants below as attributes of one object, called cfg
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import looks for a new version over the network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import looks for a newer version on the network
 
 import albumentations as A
 import cv2
@@ -63,9 +63,7 @@ try:
 except ImportError:  # Windows refuses to delete a file that is in use, which serves the same purpose
     fcntl = None
 
-# ======================================================================================================================
-# Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256)
-# ======================================================================================================================
+# ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
 
 # --- data and output
 DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/, valid/ and (optional) test/
@@ -73,7 +71,7 @@ OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tab
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
 SKIP_BAD_IMAGES = False  # True: go on without unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept on disk for the length of a run if they fit; 0: decode every time
-CACHE_DIR = tempfile.gettempdir()  # folder for that temporary file; a fast local disk is best
+CACHE_DIR = None  # folder for that temporary file, best on a fast local disk; None: the system's temporary folder
 
 # --- images and loading
 IMG_SIZE = 256  # pixels, a multiple of 32, at least 64; the network sees squares of this size
@@ -108,28 +106,23 @@ SYNC_BATCHNORM = True  # True: with several GPUs, BatchNorm sees the whole batch
 
 CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)  # all settings above, in this order
 
-# What each setting must satisfy. Whatever is not here is checked where it is used.
-RULES = {
-    "CACHE_GB": ("0 or more", lambda v: v >= 0),
-    "IMG_SIZE": ("a multiple of 32, at least 64", lambda v: v >= 64 and v % 32 == 0),
-    "BATCH_SIZE": ("at least 1", lambda v: v >= 1),
-    "NUM_WORKERS": ("0 or more", lambda v: v >= 0),
-    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(math.isfinite(x) for x in v)),
+# The least value of each number; where it stands without a decimal point, whole numbers only.
+MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0.0,
+           "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
+RULES = {  # what else a setting must satisfy, in words and as a test
+    "IMG_SIZE": ("a multiple of 32", lambda v: v % 32 == 0),
+    "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
+    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
     "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
-    "ENCODER": ("an encoder of segmentation_models_pytorch, e.g. resnet34",
-                lambda v: v in smp.encoders.get_encoder_names()),
-    "EPOCHS": ("at least 1", lambda v: v >= 1),
+    "ENCODER": ("an encoder of segmentation_models_pytorch", lambda v: v in smp.encoders.get_encoder_names()),
+    "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
+    "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "WEIGHT_DECAY": ("0 or more", lambda v: 0 <= v < math.inf),
     "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
-    "ACCUMULATION_STEPS": ("at least 1", lambda v: v >= 1),
-    "GRAD_CLIP": ("0 or more", lambda v: 0 <= v < math.inf),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
-    "PLATEAU_PATIENCE": ("0 or more", lambda v: v >= 0),
-    "EARLY_STOPPING": ("0 or more", lambda v: v >= 0),
-    "SEED": ("0 or more", lambda v: 0 <= v < 2**63),
-    "PRECISION": ("one of auto, float32, bfloat16, float16",
-                  lambda v: v in ("auto", "float32", "bfloat16", "float16")),
+    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU (README.md, 'GPU'; --device cpu always works)",
+               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()),
+    "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
 }
 
 # A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
@@ -146,108 +139,92 @@ class TrainerError(Exception):
         self.exit_code = exit_code
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
+def default_settings() -> Settings:
+    """The constants, as they are now."""
+    return Settings(**{name: globals()[name] for name in CONSTANTS})
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reports a wrong command line in one sentence, like every other error of the user."""
+def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
+    """Merge the command line (default: sys.argv[1:]) into the constants.
 
-    def error(self, message):
-        raise TrainerError(f"{message} (--help lists the options)")
-
-
-def default_settings() -> types.SimpleNamespace:
-    """The constants above as attributes of one object: what functions here call `cfg`."""
-    return types.SimpleNamespace(**{name: globals()[name] for name in CONSTANTS})
-
-
-def read_settings(argv: list[str] | None) -> tuple[types.SimpleNamespace, argparse.Namespace]:
-    """Merge the command line into the constants.
-
-    argv: the words after the program's name, or None for sys.argv[1:].
     Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set).
     Raises TrainerError for an unknown flag, a wrong type or an impossible value.
     """
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
-    group = parser.add_argument_group("what to do (default: train)")
+    def fail(message):
+        raise TrainerError(f"{message} (--help lists the options)")
+
+    def text(word):
+        return None if word.lower() == "none" else word
+
+    def number(word):
+        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
+
+    usage = "%(prog)s [--resume | --audit | --evaluate | --predict PATH ...] [--name-of-a-constant VALUE ...]"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=usage, allow_abbrev=False,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
+    parser.error = fail  # one sentence, as for every other error, instead of the whole usage
+    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in OUTPUT_DIR")
     group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
     group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
-    group.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict (default: the one in OUTPUT_DIR)")
-
-    def text(word: str) -> str | None:
-        return None if word.lower() == "none" else word
-
-    # Names, types and defaults come from the constants, groups and help texts from the comments beside them.
-    lines = re.findall(r"^# --- (.+)$|^([A-Z_]+) = .*?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M)
-    for title, name, comment in lines:
+    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
+    # Names, types and defaults come from the constants; groups and help texts from the comments beside them.
+    source = Path(__file__).read_text(encoding="utf-8")
+    for title, name, comment in re.findall(r"^# --- (.+)$|^([A-Z_]+) = [^#\n]*(?:# *(.+))?$", source, re.M):
         if title:
             group = parser.add_argument_group(title)
-        if name not in CONSTANTS:
-            continue
-        value, flag = globals()[name], "--" + name.lower().replace("_", "-")
-        options = {"dest": name, "default": value, "help": f"{comment} [{value}]".replace("%", "%%")}
-        if isinstance(value, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif isinstance(value, tuple):
-            group.add_argument(flag, nargs="*", type=type(value[0]) if value else str, metavar="VALUE", **options)
-        else:
-            kind = text if value is None or isinstance(value, str) else type(value)
-            group.add_argument(flag, type=kind, metavar="TEXT" if kind is text else kind.__name__.upper(), **options)
+        elif name in CONSTANTS:
+            value = globals()[name]
+            options = {"dest": name, "default": value, "help": f"{comment} [{value}]".replace("%", "%%")}
+            if isinstance(value, bool):
+                options |= {"action": argparse.BooleanOptionalAction}
+            elif isinstance(value, tuple):
+                options |= {"nargs": "*", "type": number if name in RULES else str, "metavar": "VALUE"}
+            else:
+                kind = text if value is None or isinstance(value, str) else number
+                options |= {"type": kind, "metavar": kind.__name__.upper()}
+            group.add_argument("--" + name.lower().replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    cfg = types.SimpleNamespace(**{name: given.pop(name) for name in CONSTANTS})
-    cfg.CATEGORIES, cfg.MEAN, cfg.STD = tuple(cfg.CATEGORIES), tuple(cfg.MEAN), tuple(cfg.STD)
+    cfg = Settings(**{name: given.pop(name) for name in CONSTANTS})
+    for name in ("CATEGORIES", "MEAN", "STD"):
+        setattr(cfg, name, tuple(getattr(cfg, name)))
     mode = argparse.Namespace(**given)
-    if sum(map(bool, (mode.resume, mode.audit, mode.evaluate, mode.predict))) > 1:
-        raise TrainerError("use only one of --resume, --audit, --evaluate and --predict at a time")
     check_settings(cfg, needs_data=not mode.predict)
     return cfg, mode
 
 
-def check_settings(cfg: types.SimpleNamespace, needs_data: bool = True) -> None:
+def check_settings(cfg: Settings, needs_data: bool = True) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    for name, (legal, holds) in RULES.items():
-        value = getattr(cfg, name)
+    limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
+                     lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
+              for name, least in MINIMUM.items()}
+    for name, (legal, holds) in [*limits.items(), *RULES.items()]:
         try:
-            good = holds(value)
-        except TypeError:  # an edited constant of the wrong type
+            good = holds(getattr(cfg, name))
+        except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
             good = False
         if not good:
-            raise TrainerError(f"{name} is {value!r}, but must be {legal}")
-    try:
-        device = torch.device(cfg.DEVICE)
-    except (RuntimeError, TypeError):
-        raise TrainerError(f"DEVICE is {cfg.DEVICE!r}, but must be cuda, cuda:N or cpu") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TrainerError(f"DEVICE is {cfg.DEVICE!r}, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs; "
-                           "use --device cpu, or see 'GPU' in the README's questions")
-    if device.type == "cpu" and cfg.PRECISION == "float16":
+            raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
+    if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
-    if cfg.BATCH_SIZE < int(os.environ.get("WORLD_SIZE", 1)):
-        raise TrainerError(f"BATCH_SIZE is {cfg.BATCH_SIZE}, but must be at least the number of processes")
-    if not cfg.DATA_DIR or (needs_data and not Path(cfg.DATA_DIR).is_dir()):
-        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder "
-                           "that holds train/ and valid/")
+    if needs_data and not Path(cfg.DATA_DIR or "").is_dir() or not cfg.DATA_DIR:
+        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
+                           "holds train/ and valid/")
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
-            pass
+        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
     except (OSError, TypeError) as error:
-        raise TrainerError(f"cannot write into the output folder {cfg.OUTPUT_DIR} ({error}); "
-                           "choose another one with OUTPUT_DIR or --output-dir") from None
+        raise TrainerError(f"cannot write into the output folder {cfg.OUTPUT_DIR} ({error}); choose another one with "
+                           "OUTPUT_DIR or --output-dir") from None
 
 
-# ======================================================================================================================
-# Processes, messages, interruption and files: the few mechanisms that everything below shares
-# ======================================================================================================================
+# ===== Processes, messages, interruption and files: the few mechanisms that everything below shares ===================
 
 
 def rank() -> int:
     """Number of this process among those of torchrun, 0 without it."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -257,29 +234,27 @@ def world_size() -> int:
 
 def gather(value) -> list:
     """The picklable values of all processes, in the order of their ranks."""
-    values = [value]
+    values = [value] * world_size()
     if dist.is_initialized():
-        values = [None] * world_size()
         dist.all_gather_object(values, value)
     return values
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use, shared between the processes of torchrun on this machine."""
+    """CPU cores for this process: those it may use, shared between the processes of torchrun on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def say(message: str = "") -> None:
+def say(message: str = "", file=None) -> None:
     """Print once, whatever the number of processes, and at once, also into a file."""
     if rank() == 0:
-        print(message, flush=True)
+        print(message, file=file, flush=True)
 
 
 def warn(message: str) -> None:
-    """Print a warning on standard error, once, framed so that it is not missed."""
-    if rank() == 0:
-        print("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), file=sys.stderr, flush=True)
+    """A warning on standard error, framed so that it is not missed."""
+    say("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
 
 
 def listed(lines: list[str], most: int = 10) -> str:
@@ -288,41 +263,29 @@ def listed(lines: list[str], most: int = 10) -> str:
     return "".join(f"\n  - {line}" for line in lines[:most] + more)
 
 
-class StopSignal:
-    """Remembers Ctrl-C and SIGTERM. progress() then raises Interrupted between two steps; a second signal ends at once."""
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
 
-    def __init__(self):
-        self.signum = 0
+
+class StopSignal:
+    """Handler that remembers Ctrl-C and SIGTERM, for progress() to act on; a second signal ends at once."""
+
+    signum = 0
 
     def __call__(self, signum, _frame):
         if self.signum:
             raise KeyboardInterrupt
         self.signum = signum
-        print(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def installed(self):
-        """Catch both signals inside this block. Only the main thread can; elsewhere nothing is installed."""
-        self.signum = 0
-        try:
-            previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        say(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", sys.stderr)
 
 
 STOP = StopSignal()
 
 
 def progress(items, description: str, total: int | None = None):
-    """Iterate with a progress bar (none when the output goes to a file); every long loop goes through here."""
-    # disable=None switches the bar off when standard error is not a terminal.
-    with tqdm(items, desc=description, total=total, disable=None if rank() == 0 else True, leave=False,
-              dynamic_ncols=True) as bar:
+    """Iterate with a progress bar, and stop between two items after a signal. Every long loop goes through here."""
+    # disable=None: no bar where standard error is not a terminal.
+    with tqdm(items, description, total, leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True) as bar:
         for item in bar:
             if STOP.signum:
                 raise Interrupted
@@ -332,62 +295,56 @@ def progress(items, description: str, total: int | None = None):
 def write_file(path: Path, write, required: bool = False) -> bool:
     """Write a file so that it is either complete or unchanged: temporary name, flush to disk, rename.
 
-    write: a function that gets the open binary file. A failure is a warning, or TrainerError if required.
+    write: bytes, or a function that gets the open binary file. A failure is a warning, or TrainerError if required.
     Returns whether the file was written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # the same name every time: a killed run leaves at most one
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(write) if isinstance(write, bytes) else write(file)
             file.flush()
             os.fsync(file.fileno())
-        for attempt in itertools.count():
+        for attempt in range(6):
             try:
                 os.replace(temporary, path)
-                return True
+                break
             except PermissionError:  # on Windows, virus scanners and viewers hold files open for a moment
                 if attempt == 5:
                     raise
                 time.sleep(0.2)
+        return True
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = f"cannot write {path}: {error}"
         if required:
-            raise TrainerError(f"{reason}\nWhat was saved before is unharmed. Free some disk space or mend the folder, "
-                               "then go on with --resume.", 1) from error
-        warn(reason + " (going on without it)")
+            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, "
+                               "or mend the folder, then go on with --resume.", 1) from error
+        warn(f"cannot write {path}: {error} (going on without it)")
         return False
 
 
-def write_text(path: Path, content: str, required: bool = False) -> bool:
-    """write_file for text, encoded as UTF-8."""
-    return write_file(path, lambda file: file.write(content.encode("utf-8")), required)
-
-
-def write_table(path: Path, rows: list[dict]) -> bool:
+def write_table(path: Path, rows: list[dict]) -> None:
     """Write rows with the same keys as a CSV file."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return write_text(path, table.getvalue())
+    write_file(path, table.getvalue().encode("utf-8"))
 
 
-def write_image(path: Path, image: np.ndarray) -> bool:
+def write_image(path: Path, image: np.ndarray) -> None:
     """Write a uint8 grey [H, W] or RGB [H, W, 3] array as PNG; cv2.imwrite fails on non-ASCII paths on Windows."""
     png = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])[1]
-    return write_file(path, lambda file: file.write(png.tobytes()))
+    write_file(path, png.tobytes(), required=True)
 
 
-# ======================================================================================================================
-# Annotations and image files
-# ======================================================================================================================
+# ===== Annotations and image files ====================================================================================
 
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 20_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
+FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
 SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
 
 
@@ -400,18 +357,27 @@ class Record:
     file_name: str  # as in the JSON
     height: int  # pixels, of the annotation's coordinate system
     width: int
-    rle: dict  # union of all annotations as a compressed COCO RLE
-    tumours: int  # number of annotations with an area
-    slot: int = -1  # place in the cache
+    rles: list[dict] = field(default_factory=list)  # its annotations that have an area, as compressed COCO RLEs
+    slot: int = -1  # its place in the cache
 
     def mask(self) -> np.ndarray:
-        """The mask at the annotation's resolution: uint8 [height, width], 0 or 1."""
-        return coco_mask.decode(self.rle)
+        """The union of its annotations: uint8 [height, width], 0 or 1."""
+        if not self.rles:
+            return np.zeros((self.height, self.width), np.uint8)
+        return np.ascontiguousarray(coco_mask.decode(coco_mask.merge(self.rles)))
 
 
-def is_count(value, most: int) -> bool:
-    """Whether a JSON value is a whole number from 1 to most."""
-    return type(value) in (int, float) and value == value // 1 and 1 <= value <= most
+@dataclass
+class Split:
+    """A split as its JSON describes it, and what prepare_data() adds."""
+
+    records: list[Record]
+    annotations: int  # that count, see CATEGORIES
+    remarks: list[str]  # suspicious annotations, as sentences
+    unnamed: int  # image files that no entry names
+    is_sample: bool  # made by this project
+    skipped: int = 0  # images that cannot be read
+    reports: list[dict] = field(default_factory=list)  # of scan(), one for each record
 
 
 def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | None, list[str]]:
@@ -422,16 +388,16 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
     Raises ValueError when it is no segmentation at all.
     """
     if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not isinstance(size, list) or size != [height, width]:
-            raise ValueError(f"its RLE has the size {size}, its image {[height, width]}")
+        counts = segmentation.get("counts")
+        if segmentation.get("size") != [height, width]:
+            raise ValueError(f"its RLE has the size {segmentation.get('size')}, its image {[height, width]}")
         if isinstance(counts, list):
             if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
                 raise ValueError("its RLE counts do not add up to height times width")
             return coco_mask.frPyObjects(segmentation, height, width), []
-        if not isinstance(counts, (str, bytes)):
+        if not isinstance(counts, str):
             raise ValueError("its RLE has no counts")
-        rle = {"size": size, "counts": counts.encode("ascii", "replace") if isinstance(counts, str) else counts}
+        rle = {"size": [height, width], "counts": counts.encode("ascii", "replace")}
         coco_mask.decode(rle)  # raises ValueError when the counts are damaged
         return rle, []
     if not isinstance(segmentation, list) or not segmentation:
@@ -442,121 +408,91 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
             xy = np.asarray(polygon, np.float64).reshape(-1, 2)
         except (ValueError, TypeError):
             raise ValueError("a polygon is not a flat list of x, y pairs") from None
-        if not np.isfinite(xy).all():
-            raise ValueError("a polygon has coordinates that are not finite")
+        if np.ndim(polygon) != 1 or not np.isfinite(xy).all():
+            raise ValueError("a polygon is not a flat list of finite x, y pairs")
         if len(xy) < 3:
             remarks.append("polygon with fewer than three points (ignored)")
             continue
-        x, y = xy.T
-        if abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) < 1e-6:  # shoelace formula
+        if cv2.contourArea((xy - xy[0]).astype(np.float32)) == 0:
             remarks.append("polygon without area")
         if (xy < -0.5).any() or (xy > (width + 0.5, height + 0.5)).any():
             remarks.append("polygon outside the image (clipped)")
-        # pycocotools clips by itself, but needs memory in proportion to the distance: keep that bounded.
+        # pycocotools clips by itself, but its memory grows with the distance: keep that bounded.
         far = 4 * max(height, width)
-        polygons.append(np.clip(xy, -far, far + max(height, width)).ravel().tolist())
-    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
-    return rle, remarks
+        polygons.append(np.clip(xy, -far, 2 * far).ravel().tolist())
+    return (coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None), remarks
 
 
-def read_coco(split_dir: str | Path, categories: tuple = ()) -> tuple[list[Record], dict]:
+def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     """Read the `_annotations.coco.json` of a split, with all checks that need no pixels.
 
     categories: names of the categories that count as tumour; empty: all.
-    Returns (records in the order of the JSON, facts): facts has the counts `annotations` and `unnamed` (image files
-    that no entry names), `remarks` (suspicious annotations, as sentences) and `sample` (made by this project).
     Raises TrainerError, naming all offenders, when the folder or the JSON cannot be used.
     """
     split_dir = Path(split_dir)
     json_path = split_dir / ANNOTATION_FILE
-    if not split_dir.is_dir():
-        raise TrainerError(f"folder not found: {split_dir}; the data folder must hold train/ and valid/, each with images "
-                           f"and {ANNOTATION_FILE} (DATA_DIR or --data-dir names the data folder)")
     if not json_path.is_file():
-        raise TrainerError(f"file not found: {json_path}; export the data in the format 'COCO Segmentation', which has "
-                           f"one {ANNOTATION_FILE} in each folder")
+        missing = json_path if split_dir.is_dir() else split_dir
+        raise TrainerError(f"not found: {missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
+                           f"valid/, each with its images and one {ANNOTATION_FILE}, as a 'COCO Segmentation' export")
     try:
         coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TrainerError(f"{json_path} is not valid JSON ({error}); export or copy it again") from None
-    except OSError as error:
-        raise TrainerError(f"cannot read {json_path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainerError(f"{json_path} is not valid JSON in UTF-8 ({error}); export or copy it again") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list) \
-                or not all(isinstance(entry, dict) for entry in coco[key]):
-            raise TrainerError(f"{json_path} is not a COCO file: it has no list '{key}'; export the data in the format "
-                               "'COCO Segmentation'")
+        entries = coco.get(key) if isinstance(coco, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the "
+                               "format 'COCO Segmentation'")
     if not coco["images"]:
         raise TrainerError(f"{json_path} lists no images; export the data again, or take the folder out")
     names = {str(entry.get("id")): str(entry.get("name")) for entry in coco["categories"]}
-    unknown = sorted(set(categories) - set(names.values()))
-    if unknown:
+    if unknown := sorted(set(categories) - set(names.values())):
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
 
-    problems, remarks, records, masks = [], [], {}, {}
+    problems, remarks, records, counted = [], [], {}, 0
+    listed_ids = Counter(str(entry.get("id")) for entry in coco["images"])
     for number, entry in enumerate(coco["images"]):
-        key, name = str(entry.get("id")), entry.get("file_name")
+        key, name, size = str(entry.get("id")), entry.get("file_name"), (entry.get("height"), entry.get("width"))
+        inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
         if entry.get("id") is None or not isinstance(name, str) or not name:
             problems.append(f"image entry {number} has no id or no file_name")
-            continue
-        inside = os.path.normpath(name.replace("\\", "/"))  # some tools on Windows write back-slashes
-        if os.path.isabs(inside) or inside.startswith("..") or ":" in inside[:2] or "\0" in inside:
+        elif os.path.isabs(inside) or inside.startswith("..") or inside[1:2] == ":" or "\0" in inside:
             problems.append(f"image id {key}: the file name {name!r} points outside its folder")
-        elif not (is_count(entry.get("height"), LARGEST_SIDE) and is_count(entry.get("width"), LARGEST_SIDE)):
-            problems.append(f"{name}: height {entry.get('height')!r} and width {entry.get('width')!r} must be "
-                            f"whole numbers of pixels up to {LARGEST_SIDE}")
+        elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
+            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
+                            f"{LARGEST_SIDE} (pixels)")
         elif key in records:
-            problems.append(f"image id {key} is used twice: {records[key].file_name} and {name}")
+            problems.append(f"image id {key} is used {listed_ids[key]} times, also for {name}")
         else:
-            height, width = int(entry["height"]), int(entry["width"])
-            records[key] = Record(number, str(split_dir / inside), name, height, width, {}, 0)
-            masks[key] = []
-    twice = [name for name, uses in _count(record.path for record in records.values()).items() if uses > 1]
-    problems += [f"{Path(path).name} is listed as two images; keep one entry" for path in twice]
-    counted = 0
-    listed_ids = {str(entry.get("id")) for entry in coco["images"]}
+            records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
+    paths = Counter(os.path.normcase(record.path) for record in records.values())
+    problems += [f"{Path(path).name} is listed {uses} times; keep one" for path, uses in paths.items() if uses > 1]
     for entry in coco["annotations"]:
-        label, key = f"annotation id {entry.get('id')}", str(entry.get("image_id"))
-        if key not in records:
-            if key not in listed_ids:
-                problems.append(f"{label} belongs to the image id {key}, which the file does not list")
-            continue
-        if categories and names.get(str(entry.get("category_id"))) not in categories:
+        label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
+        if str(entry.get("image_id")) not in listed_ids:
+            problems.append(f"{label} belongs to the image id {entry.get('image_id')}, which the file does not list")
+        if record is None or categories and names.get(str(entry.get("category_id"))) not in categories:
             continue
         counted += 1
-        record = records[key]
         try:
             rle, odd = segmentation_to_rle(entry.get("segmentation"), record.height, record.width)
         except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"{label} of {record.file_name}: {error}")
             continue
+        pixels = int(coco_mask.area(rle)) if rle is not None else 0
+        if rle is not None and pixels < FEW_PIXELS:
+            odd.append(f"the mask has only {pixels} pixels")
         remarks += [f"{record.file_name}, {label}: {remark}" for remark in odd]
-        if rle is not None:
-            masks[key].append(rle)
-            record.tumours += bool(coco_mask.area(rle))
+        if pixels:
+            record.rles.append(rle)
     if problems:
         raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{listed(problems)}\n"
                            "Correct the file, or export it again.")
-    for key, record in records.items():
-        empty = coco_mask.frPyObjects({"size": [record.height, record.width],
-                                       "counts": [record.height * record.width]}, record.height, record.width)
-        record.rle = coco_mask.merge(masks[key] or [empty])
-    named = {os.path.normcase(record.path) for record in records.values()}
     unnamed = [path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-               and os.path.normcase(path) not in named]
-    info = coco.get("info")
-    return list(records.values()), {
-        "annotations": counted, "unnamed": len(unnamed), "remarks": remarks,
-        "sample": isinstance(info, dict) and SAMPLE_MARK in str(info.get("description"))}
-
-
-def _count(items) -> dict:
-    """How often each item occurs."""
-    counts = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    return counts
+               and os.path.normcase(path) not in paths]
+    return Split(list(records.values()), counted, remarks, len(unnamed), SAMPLE_MARK in str(coco.get("info")))
 
 
 def read_image(path: str | Path, height: int | None = None, width: int | None = None) -> np.ndarray:
@@ -571,18 +507,15 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
         data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
     except OSError as error:
         raise TrainerError(f"{path}: {'the file is missing' if not Path(path).exists() else error}") from None
-    if not data.size:
-        raise TrainerError(f"{path}: the file is empty")
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    try:
-        image = cv2.imdecode(data, flags)
+    flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
+    with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
+        image = cv2.imdecode(data, flags) if data.size else None
         if image is not None and height and image.shape[:2] != (height, width):
             unturned = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
             image = unturned if unturned.shape[:2] == (height, width) else image
-    except cv2.error:
-        image = None
     if image is None:
-        raise TrainerError(f"{path}: not an image, or cut short ({data.size} bytes); copy or export it again")
+        found = f"not an image, or cut short ({data.size} bytes)" if data.size else "the file is empty"
+        raise TrainerError(f"{path}: {found}")
     if image.dtype != np.uint8:
         image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
     return np.ascontiguousarray(image[..., ::-1])
@@ -593,13 +526,11 @@ def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
     small = (min(width, array.shape[1]), min(height, array.shape[0]))
     if small != array.shape[1::-1]:
         array = cv2.resize(array, small, interpolation=cv2.INTER_AREA)
-    if small != (width, height):
-        array = cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
-    return array
+    return array if small == (width, height) else cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a uint8 0/1 mask [H, W]: a pixel counts when at least half of its area is tumour. Centred, unlike NEAREST."""
+    """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
     return (resize(mask.astype(np.float32), height, width) >= 0.5).astype(np.uint8)
 
 
@@ -612,34 +543,33 @@ def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, 
     return resize(image, img_size, img_size), resize_mask(record.mask(), img_size, img_size), image
 
 
-# ======================================================================================================================
-# One pass over all files: audit and cache
-# ======================================================================================================================
+# ===== One pass over all files: audit and cache =======================================================================
 
 
 class PixelCache:
     """Decoded and resized images of a run: uint8 [count, S, S, 4] (RGB and mask) in one temporary file.
 
     All workers and processes of a machine map the same file, so the pixels exist once, under every start method and
-    without /dev/shm. A lock marks the file as in use; the next start removes what a killed run has left.
+    without /dev/shm. A lock marks the file as in use: opening a cache removes those that killed runs have left.
     """
 
-    PREFIX = "brain_tumor_cache_"
-
-    def __init__(self, folder: str, count: int, img_size: int):
+    def __init__(self, folder: str | Path, count: int, img_size: int):
         """Raises OSError when the folder has no room."""
-        self.shape = (count, img_size, img_size, 4)
-        self.path = Path(folder) / f"{self.PREFIX}{uuid.uuid4().hex}.bin"
-        self._array = None
-        self.lock = open(self.path, "w+b")
+        for leftover in Path(folder).glob("brain_tumor_cache_*.bin"):
+            with contextlib.suppress(OSError), open(leftover, "rb") as file:  # locked: its run is still going on
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+        self.shape, self._array = (count, img_size, img_size, 4), None
+        self.path = Path(folder) / f"brain_tumor_cache_{uuid.uuid4().hex}.bin"
+        self.file = open(self.path, "w+b")
         try:
             if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = math.prod(self.shape)
+                fcntl.flock(self.file, fcntl.LOCK_EX)
             if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end in a bus error later
-                os.posix_fallocate(self.lock.fileno(), 0, size)
+                os.posix_fallocate(self.file.fileno(), 0, math.prod(self.shape))
             else:
-                self.lock.truncate(size)
+                self.file.truncate(math.prod(self.shape))
         except OSError:
             self.close()
             raise
@@ -652,55 +582,27 @@ class PixelCache:
         return self._array
 
     def __getstate__(self):
-        return {"shape": self.shape, "path": self.path, "lock": None, "_array": None}  # not the pixels
+        return self.__dict__ | {"file": None, "_array": None}  # another process gets the path, not the pixels
 
     def close(self) -> None:
         """Remove the file. On Windows a worker may still hold it for a moment: then the next start removes it."""
         self._array = None
-        self.lock.close()
+        self.file.close()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-    @classmethod
-    def remove_leftovers(cls, folder: str) -> int:
-        """Delete cache files whose run no longer exists; returns how many."""
-        removed = 0
-        for path in Path(folder).glob(cls.PREFIX + "*.bin"):
-            with contextlib.suppress(OSError):  # locked or held open: it belongs to a run that is still going on
-                with open(path, "rb") as file:
-                    if fcntl:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                removed += 1
-        return removed
 
-
-def open_cache(cfg: types.SimpleNamespace, count: int) -> PixelCache | None:
+def open_cache(cfg: Settings, count: int) -> PixelCache | None:
     """A cache for count images, or None, said, when it is switched off, too large or finds no room."""
-    PixelCache.remove_leftovers(cfg.CACHE_DIR)
-    gigabytes = count * cfg.IMG_SIZE**2 * 4 / 1e9
+    folder, gigabytes = cfg.CACHE_DIR or tempfile.gettempdir(), count * cfg.IMG_SIZE**2 * 4 / 1e9
     try:
-        free = shutil.disk_usage(cfg.CACHE_DIR).free / 1e9
-        if cfg.CACHE_GB == 0:
-            reason = "CACHE_GB is 0"
-        elif gigabytes > cfg.CACHE_GB:
-            reason = f"they need {gigabytes:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}"
-        elif gigabytes > 0.9 * free:
-            reason = f"they need {gigabytes:.1f} GB, {cfg.CACHE_DIR} has {free:.1f} free"
-        else:
-            return PixelCache(cfg.CACHE_DIR, count, cfg.IMG_SIZE)
+        if gigabytes <= cfg.CACHE_GB and gigabytes < 0.9 * shutil.disk_usage(folder).free / 1e9:
+            return PixelCache(folder, count, cfg.IMG_SIZE)
+        reason = f"they need {gigabytes:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}, {folder} may be full"
     except OSError as error:
         reason = str(error)
-    say(f"Decoding images again in every epoch, which is slower: {reason}.")
+    say(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).")
     return None
-
-
-@dataclass
-class Split:
-    """A checked split: its records and what the audit found."""
-
-    records: list[Record]  # of the images that can be read
-    facts: dict
 
 
 def scan(record: Record, img_size: int, cache: PixelCache | None) -> dict:
@@ -711,45 +613,43 @@ def scan(record: Record, img_size: int, cache: PixelCache | None) -> dict:
         return {"error": str(error)}
     if cache is not None:
         cache.array[record.slot, ..., :3], cache.array[record.slot, ..., 3] = image, mask
-    area = int(coco_mask.area(record.rle))
-    return {"error": None, "digest": hashlib.blake2b(full, digest_size=16).hexdigest() + f"_{full.shape}",
-            "area": area, "share": area / (record.height * record.width), "vanishes": area > 0 and not mask.any(),
-            "resized": full.shape[:2] != (record.height, record.width)}
+    truth = record.mask()
+    return {"error": "", "digest": hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest(),
+            "mask_digest": hashlib.sha256(truth.data).hexdigest(), "share": float(truth.mean()),
+            "vanishes": bool(truth.any() and not mask.any()), "differs": full.shape[:2] != truth.shape}
 
 
-def prepare_data(cfg: types.SimpleNamespace, names: list[str]) -> tuple[dict[str, Split], PixelCache | None]:
+def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits; "test" may be missing on disk, and is left out then.
     Returns (splits by name, cache or None). The caller closes the cache. Raises TrainerError.
     """
-    splits = {}
-    for name in names:
-        folder = Path(cfg.DATA_DIR) / name
-        if name == "test" and not folder.is_dir():
-            say(f"No test folder ({folder}): the final score on test is left out.")
-            continue
-        splits[name] = Split(*read_coco(folder, cfg.CATEGORIES))
-    own = [name for name, split in splits.items() if not split.facts["sample"]]
-    for name in [name for name in splits if own and name not in own]:
-        if name != "test":
-            raise TrainerError(f"{Path(cfg.DATA_DIR) / name} still holds the sample phantoms of this script, while "
-                               f"{', '.join(own)} holds other data; put your own {name} set there")
-        say("The test folder still holds the sample phantoms of this script: the score on test is left out.")
-        del splits[name]
+    folder = {name: Path(cfg.DATA_DIR) / name for name in names}
+    if "test" in names and not folder["test"].is_dir():
+        say(f"No test folder ({folder.pop('test')}): the score on test is left out.")
+    splits = {name: read_coco(path, cfg.CATEGORIES) for name, path in folder.items()}
+    if not all(split.is_sample for split in splits.values()):  # a user's own data replaces all of the phantoms
+        for name in [name for name, split in splits.items() if split.is_sample]:
+            if name != "test":
+                raise TrainerError(f"{folder[name]} still holds the sample phantoms, unlike the other folders; "
+                                   f"put your own {name} set there")
+            say("The test folder still holds the sample phantoms: the score on test is left out.")
+            del splits[name]
     records = [record for split in splits.values() for record in split.records]
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, len(records))
+    pool = ThreadPoolExecutor(available_cores())  # OpenCV decodes and resizes without Python's lock
     try:
-        with ThreadPoolExecutor(available_cores()) as pool:  # OpenCV decodes and resizes without Python's lock
-            jobs = (functools.partial(scan, record, cfg.IMG_SIZE, cache) for record in records)
-            reports = list(progress(_ordered(pool, jobs), "Reading images", len(records)))
+        jobs = pool.map(lambda record: scan(record, cfg.IMG_SIZE, cache), records)
+        reports = list(progress(jobs, "Reading images", len(records)))
+        pool.shutdown()
         bad = [report["error"] for report in reports if report["error"]]
         for split in splits.values():
-            good = [(record, reports[record.slot]) for record in split.records if not reports[record.slot]["error"]]
-            split.facts["skipped"] = len(split.records) - len(good)
-            split.records, split.facts["reports"] = [pair[0] for pair in good], [pair[1] for pair in good]
+            good = [record for record in split.records if not reports[record.slot]["error"]]
+            split.skipped, split.records = len(split.records) - len(good), good
+            split.reports = [reports[record.slot] for record in good]
         print_audit(splits, cfg.IMG_SIZE)
         if bad and not cfg.SKIP_BAD_IMAGES:
             raise TrainerError(f"{len(bad)} image(s) cannot be read:{listed(bad)}\nRepair or remove them, or set "
@@ -757,80 +657,55 @@ def prepare_data(cfg: types.SimpleNamespace, names: list[str]) -> tuple[dict[str
         if bad:
             warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
         for name, split in splits.items():
-            if not split.records:
-                raise TrainerError(f"no image of {Path(cfg.DATA_DIR) / name} can be read")
-        if "train" in splits and not any(report["area"] for report in splits["train"].facts["reports"]):
-            raise TrainerError(f"the training split in {Path(cfg.DATA_DIR) / 'train'} has no tumour pixel at all: nothing "
-                               "can be learnt; check the annotations (and CATEGORIES)")
+            if not split.records or name == "train" and not any(report["share"] for report in split.reports):
+                missing = "tumour pixel" if split.records else "readable image"
+                raise TrainerError(f"{folder[name]} has no {missing} at all; check its annotations (and CATEGORIES)")
         return splits, cache
     except BaseException:
+        pool.shutdown(cancel_futures=True)
         if cache is not None:
             cache.close()
         raise
 
 
-def _ordered(pool: ThreadPoolExecutor, jobs, ahead: int = 64):
-    """Run jobs in the pool and yield their results in order, a bounded number ahead, so that a stop takes no time."""
-    jobs, waiting = iter(jobs), []
-    while True:
-        waiting += [pool.submit(job) for job in itertools.islice(jobs, ahead - len(waiting))]
-        if not waiting:
-            return
-        yield waiting.pop(0).result()
-
-
 def print_audit(splits: dict[str, Split], img_size: int) -> None:
     """Print the table of what the splits hold, and below it what is suspicious."""
-    rows, remarks, seen = {}, [], {}
+    columns, remarks, seen = [], [], {}
     for name, split in splits.items():
-        good = list(zip(split.records, split.facts["reports"]))
-        shares = [100 * report["share"] for _, report in good if report["area"]]
-        column = {
-            "images": len(good), "unreadable images": split.facts["skipped"],
-            "annotations": split.facts["annotations"], "without tumour": sum(not report["area"] for _, report in good),
-            "several tumours": sum(record.tumours > 1 for record, _ in good),
-            "smallest tumour, % of image": f"{min(shares):.3f}" if shares else "-",
-            "median tumour, % of image": f"{np.median(shares):.2f}" if shares else "-",
-            "largest tumour, % of image": f"{max(shares):.1f}" if shares else "-",
-            "files that the JSON does not name": split.facts["unnamed"]}
-        for row, value in column.items():
-            rows.setdefault(row, []).append(value)
-        remarks += [f"{name}/{remark}" for remark in split.facts["remarks"]]
-        for record, report in good:
+        shares = [100 * report["share"] for report in split.reports if report["share"]] or [math.nan]
+        columns.append({
+            "Data": name, "images": len(split.records), "unreadable images": split.skipped,
+            "annotations": split.annotations,
+            "images without tumour": sum(not report["share"] for report in split.reports),
+            "images with several tumours": sum(len(record.rles) > 1 for record in split.records),
+            "smallest tumour area, % of image": f"{min(shares):.3f}",
+            "median tumour area, % of image": f"{np.median(shares):.3f}",
+            "largest tumour area, % of image": f"{max(shares):.3f}",
+            "files that the JSON does not name": split.unnamed})
+        remarks += [f"{name}/{remark}" for remark in split.remarks]
+        for record, report in zip(split.records, split.reports):
             label = f"{name}/{record.file_name}"
-            if 0 < report["area"] < 10:
-                remarks.append(f"{label}: the whole mask is {report['area']} pixels")
             if report["vanishes"]:
                 remarks.append(f"{label}: the tumour disappears at IMG_SIZE {img_size}")
-            if report["resized"]:
-                remarks.append(f"{label}: the JSON says {record.width}x{record.height} pixels, the file differs "
+            if report["differs"]:
+                remarks.append(f"{label}: the file is not {record.width}x{record.height} pixels, as the JSON says "
                                "(the mask is stretched with the image)")
-            if report["digest"] in seen:
-                other = seen[report["digest"]]
-                leak = "" if other.startswith(name + "/") else " (the same image in two splits: scores will be too good)"
-                remarks.append(f"{label}: same picture as {other}{leak}")
-            seen.setdefault(report["digest"], label)
-    width = max(map(len, rows)) + 2
-    say("\nData".ljust(width + 1) + "".join(f"{name:>10}" for name in splits))
-    for row, values in rows.items():
-        say(row.ljust(width) + "".join(f"{value!s:>10}" for value in values))
-    if remarks:
-        say(f"Worth a look, {len(remarks)} remark(s):{listed(remarks)}")
-    say()
+            split_of_first, first = seen.setdefault(report["digest"], (name, label))
+            if first != label:
+                leak = "" if split_of_first == name else " in another split: scores will be too good"
+                remarks.append(f"{label}: same picture as {first}{leak}")
+    say("\n" + "\n".join(row.ljust(36) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
+    say(f"\nWorth a look, {len(remarks)} remark(s):{listed(remarks)}\n" if remarks else "")
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
     """A digest of the pixels and masks of train and valid: the same data, wherever it lies."""
-    digest = hashlib.sha256()
-    for name in ("train", "valid"):
-        for record, report in zip(splits[name].records, splits[name].facts["reports"]):
-            digest.update(repr((name, record.number, report["digest"], record.rle)).encode())
-    return digest.hexdigest()
+    content = [(name, record.number, report["digest"], report["mask_digest"]) for name in ("train", "valid")
+               for record, report in zip(splits[name].records, splits[name].reports)]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-# ======================================================================================================================
-# Augmentation, dataset, batches
-# ======================================================================================================================
+# ===== Augmentation, dataset, batches =================================================================================
 
 
 def build_transform(train: bool, normalize: bool = True, mean: tuple = MEAN, std: tuple = STD) -> A.Compose:
@@ -842,7 +717,7 @@ def build_transform(train: bool, normalize: bool = True, mean: tuple = MEAN, std
     """
     steps = []
     if train:
-        steps += [
+        steps = [
             A.HorizontalFlip(p=0.5),
             A.VerticalFlip(p=0.5),
             A.RandomRotate90(p=0.5),
@@ -876,7 +751,7 @@ class BrainTumorDataset(torch.utils.data.Dataset):
 
         Raises TrainerError when the split cannot be used.
         """
-        self.records = read_coco(split_dir, categories)[0] if records is None else records
+        self.records = read_coco(split_dir, categories).records if records is None else records
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.transform = build_transform(train, normalize, mean, std)
 
@@ -927,7 +802,8 @@ class EvenBatches(torch.utils.data.Sampler):
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
         for batch in np.array_split(order, self.batches):
-            yield [(self.epoch, int(index)) for index in np.array_split(batch, self.world)[self.rank]]
+            if len(part := np.array_split(batch, self.world)[self.rank]):  # none: fewer images than processes
+                yield [(self.epoch, int(index)) for index in part]
 
 
 def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
@@ -944,9 +820,10 @@ def start_worker(_number: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def make_loader(dataset: BrainTumorDataset, cfg: types.SimpleNamespace, train: bool) -> torch.utils.data.DataLoader:
+def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch.utils.data.DataLoader:
     """Batches of uint8 arrays, see stack(). Training batches are shuffled; validation batches are twice as large."""
     # Validation without decoding is a copy from the cache: not worth a process.
     workers = min(cfg.NUM_WORKERS, available_cores()) if train or dataset.cache is None else 0
@@ -982,15 +859,13 @@ def to_target(masks, device: torch.device) -> torch.Tensor:
     return masks[:, None] if masks.ndim == 3 else masks
 
 
-# ======================================================================================================================
-# Model
-# ======================================================================================================================
+# ===== Model ==========================================================================================================
 
 
 def read_weights(path: str | Path) -> dict:
     """Read a file of tensors (.pth, or .safetensors) onto the CPU; nothing in it is executed.
 
-    Raises TrainerError when it is missing, damaged, or holds anything but tensors and plain values.
+    Raises TrainerError when it is missing, damaged, or holds anything but a dict of tensors and plain values.
     """
     if not Path(path).is_file():
         raise TrainerError(f"weights file not found: {path}")
@@ -999,12 +874,9 @@ def read_weights(path: str | Path) -> dict:
             from safetensors.torch import load_file  # comes with segmentation-models-pytorch; rarely needed
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise TrainerError(f"{path} is damaged or no weights file ({str(error).splitlines()[0][:200]})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise TrainerError(f"{path} is damaged or no weights file ({error})") from None
+    except Exception as error:  # damaged files raise almost anything, from KeyError to UnicodeDecodeError
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise TrainerError(f"{path} is damaged or no weights file ({reason})") from error
     if not isinstance(content, dict):
         raise TrainerError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return content
@@ -1031,24 +903,23 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None) -> t
     Returns (model, where the encoder's weights come from, for the record). When the download is impossible, the model
     starts from random weights and a warning says so. Raises TrainerError for a local file that does not fit.
     """
-    options = {"encoder_name": encoder, "in_channels": 3, "classes": 1}
+    build = functools.partial(smp.UnetPlusPlus, encoder_name=encoder, in_channels=3, classes=1)
     try:
+        model = build(encoder_weights=None)
         if encoder_weights == "imagenet":
-            say("Getting ImageNet weights for the encoder (from the local cache, or downloaded once) ...")
-            try:
-                return smp.UnetPlusPlus(encoder_weights="imagenet", **options), "imagenet"
-            except OSError as error:  # every failure of the network or of the hub is one
-                reason = f"download failed: {type(error).__name__}: {str(error).splitlines()[0]}"
-            warn(f"no ImageNet weights ({reason}).\n"
-                 "Training starts from RANDOM weights, which costs accuracy. To get them after all:\n"
-                 "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
-                 "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
-                 "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
-            return smp.UnetPlusPlus(encoder_weights=None, **options), f"random ({reason})"
-        model = smp.UnetPlusPlus(encoder_weights=None, **options)
+            say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
+            return build(encoder_weights="imagenet"), "imagenet"
     except (KeyError, ValueError, NotImplementedError) as error:
         raise TrainerError(f"UNet++ cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}: "
                            f"{error}") from None
+    except Exception as error:  # networks, proxies and hubs fail in many ways; model was built before
+        reason = f"download failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warn(f"no ImageNet weights ({reason}).\n"
+             "Training starts from RANDOM weights, which costs accuracy. To get them after all:\n"
+             "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
+             "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
+             "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
+        return model, f"random ({reason})"
     if encoder_weights is None:
         return model, "random"
     weights = {name: value for name, value in read_weights(encoder_weights).items() if not name.startswith("fc.")}
@@ -1056,9 +927,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None) -> t
     return model, f"file {encoder_weights}"
 
 
-# ======================================================================================================================
-# Losses: float32 logits [B, 1, S, S] and targets (0 or 1) of the same shape in, a mean over images out
-# ======================================================================================================================
+# ===== Losses: float32 logits [B, 1, S, S] and targets (0 or 1) of the same shape in, a mean over images out ==========
 # A mean over images, unlike a ratio pooled over the batch, does not depend on how images are grouped: accumulation,
 # half-size batches after running out of memory, and several GPUs all give the gradient of the undivided batch.
 
@@ -1121,9 +990,7 @@ LOSSES = {
 }
 
 
-# ======================================================================================================================
-# Metrics: from integer counts per image
-# ======================================================================================================================
+# ===== Metrics: from integer counts per image =========================================================================
 
 
 def confusion(probabilities: torch.Tensor, targets: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
@@ -1151,9 +1018,7 @@ def summarize(counts: np.ndarray) -> dict[str, float]:
     return means | pooled
 
 
-# ======================================================================================================================
-# Training and validation
-# ======================================================================================================================
+# ===== Training and validation ========================================================================================
 
 
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -1163,8 +1028,7 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     # Where the processor has no bfloat16 arithmetic, autocast is slower than float32.
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    native = [name for name, has in torch.cpu.get_capabilities().items() if has and name.endswith("bf16")]
     return torch.bfloat16 if native else torch.float32
 
 
@@ -1179,33 +1043,22 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cuda", enabled=amp_dtype(precision, device) == torch.float16)
 
 
-def out_of_memory(remedies: str) -> TrainerError:
-    """The error when not even one image fits."""
-    return TrainerError(f"the GPU has too little memory for a single image. What helps: {remedies}; closing other "
-                        "programs on the GPU; --device cpu (slow)", 1)
-
-
 class StepGuard:
     """What the training step needs to survive bad numbers and a full GPU; one for a whole run.
 
-    All counters stay on the device: reading them would make the processor wait for the GPU in every step.
+    The counters stay on the device: reading them in every step would make the processor wait for the GPU.
     """
 
-    OVERFLOWS = 16  # GradScaler starts at 2^16: it is calibrating while it halves the scale that often in a row
-
     def __init__(self, model: torch.nn.Module, device: torch.device):
-        self.buffers = list(model.buffers())  # BatchNorm's running statistics
-        self.micro_batch = None  # images per forward pass, once memory has run out; None: whole batches
-        self.overflows = torch.zeros((), device=device)  # steps in a row that only GradScaler's scale spoilt
-        self.device = device
-        self.start_epoch()
+        self.buffers, self.device = list(model.buffers()), device  # the buffers are BatchNorm's running statistics
+        self.micro_batch = math.inf  # the most images per forward pass; finite once memory has run out
 
     def start_epoch(self) -> None:
-        """Set the epoch's counters to zero."""
-        self.loss_sum, self.images, self.dropped, self.in_a_row = torch.zeros(4, device=self.device).unbind()
+        """Set the epoch's sums to zero: loss over images, images, dropped steps."""
+        self.loss_sum, self.images, self.dropped = torch.zeros(3, device=self.device).unbind()
 
     def before_step(self) -> None:
-        """Remember BatchNorm's running statistics: the forward pass changes them before anyone sees its result."""
+        """Remember the running statistics: the forward pass changes them before anyone sees its result."""
         self.saved = [buffer.clone() for buffer in self.buffers]
 
     def restore(self, bad: torch.Tensor) -> None:
@@ -1214,62 +1067,60 @@ class StepGuard:
             buffer.copy_(torch.where(bad, saved, buffer))
 
     def after_step(self, loss: torch.Tensor, images: torch.Tensor, bad: torch.Tensor, scaled: bool) -> None:
-        """Count a step. loss: mean over its images; bad: whether it has to be dropped; scaled: under GradScaler."""
+        """Count a step. loss: its mean over images; bad: whether it is dropped; scaled: by GradScaler."""
         self.restore(bad)
-        self.overflows = (self.overflows + 1) * (bad & loss.isfinite() & scaled)
-        calibrating = (self.overflows > 0) & (self.overflows <= self.OVERFLOWS)
-        counts = bad & ~calibrating
-        self.dropped = self.dropped + counts
-        self.in_a_row = (self.in_a_row + counts) * bad
+        calibrating = loss.isfinite() & scaled  # GradScaler tries how far it can go: by design, not counted
+        self.dropped = self.dropped + (bad & ~calibrating)
         self.loss_sum = self.loss_sum + torch.where(bad, 0, loss * images)
         self.images = self.images + torch.where(bad, 0, images)
 
-    def shrink(self, largest: int) -> None:
-        """After running out of memory: halve the images per forward pass, or give up at one."""
+    def shrink(self, images: int) -> None:
+        """After a forward pass of so many images ran out of memory: halve them, or give up."""
         if world_size() > 1:
-            raise TrainerError("a GPU ran out of memory, and with several processes the step cannot be repeated. What "
-                               "helps: a smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
-        if largest == 1:
-            raise out_of_memory("a smaller IMG_SIZE; a smaller ENCODER, e.g. resnet18; PRECISION = 'auto'")
-        self.micro_batch = (largest + 1) // 2
+            raise TrainerError("a GPU ran out of memory, and several processes cannot repeat a step. What helps: a "
+                               "smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
+        self.micro_batch = half_of(images)
         self.restore(torch.ones((), dtype=torch.bool, device=self.device))
-        torch.cuda.empty_cache()
-        warn(f"out of GPU memory: from here on at most {self.micro_batch} image(s) per forward pass. The gradient stays "
-             "that of the whole batch, but BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
+        warn(f"out of GPU memory: from now on at most {self.micro_batch} image(s) per forward pass. The gradient "
+             "stays that of the batch, but BatchNorm sees smaller ones. A smaller BATCH_SIZE avoids this.")
 
 
-def grouped(batches, size: int):
-    """Lists of `size` consecutive items; the last list may be shorter."""
-    batches = iter(batches)
-    while group := list(itertools.islice(batches, size)):
-        yield group
+def half_of(images: int) -> int:
+    """How many images to try after so many did not fit into the GPU. Raises TrainerError after a single one."""
+    if images == 1:
+        raise TrainerError("the GPU has too little memory for a single image. What helps: a smaller IMG_SIZE; a "
+                           "smaller ENCODER, e.g. resnet18; closing other programs on the GPU; --device cpu (slow)", 1)
+    torch.cuda.empty_cache()
+    return (images + 1) // 2
 
 
 def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, device: torch.device, *, cfg: types.SimpleNamespace | None = None,
+                    scaler: torch.amp.GradScaler, device: torch.device, *, cfg: Settings | None = None,
                     guard: StepGuard | None = None, epoch: int = 0) -> dict[str, float]:
     """One pass over the loader's (images, masks) batches; see to_input() and to_target() for their types.
 
-    criterion: a mean over images. optimizer: fused, so that a bad step can be skipped without asking the GPU.
+    criterion: a mean over images. optimizer: any; a fused one skips a bad step without asking the GPU.
     cfg: ACCUMULATION_STEPS, GRAD_CLIP, PRECISION, MEAN and STD are used (default: the constants).
-    Returns train_loss (mean over images), dropped (steps left out because of numbers that are not finite), and
-    persistent (1.0 if that did not stop by itself). Raises Interrupted, and TrainerError when memory cannot suffice.
+    Returns train_loss (mean over images), dropped (steps left out because a number was not finite), and persistent
+    (1.0 if these were too many to go on). Raises Interrupted, and TrainerError when memory cannot suffice.
     """
     cfg, device = cfg or default_settings(), torch.device(device)
     guard = guard or StepGuard(model, device)
     guard.start_epoch()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
     steps = math.ceil(len(loader) / cfg.ACCUMULATION_STEPS)
-    for group in progress(grouped(loader, cfg.ACCUMULATION_STEPS), f"Epoch {epoch + 1}: training", steps):
-        guard.before_step()
+    batches = iter(loader)
+    for _ in progress(range(steps), f"Epoch {epoch + 1}: training"):
+        group = list(itertools.islice(batches, cfg.ACCUMULATION_STEPS))  # the last one may be shorter
         images_in_step = torch.full((), float(sum(len(images) for images, _ in group)), device=device)
         if world_size() > 1:
             dist.all_reduce(images_in_step)
-        while True:
-            largest = min(guard.micro_batch or math.inf, max(len(images) for images, _ in group))
-            parts = [(images[i:i + largest], masks[i:i + largest])
-                     for images, masks in group for i in range(0, len(images), largest)]
+        guard.before_step()
+        done = False
+        while not done:
+            size = min(guard.micro_batch, max(len(images) for images, _ in group))
+            parts = [(images[i:i + size], masks[i:i + size])
+                     for images, masks in group for i in range(0, len(images), size)]
             loss = torch.zeros((), device=device)
             try:
                 for number, (images, masks) in enumerate(parts, 1):
@@ -1277,71 +1128,67 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, 
                     with model.no_sync() if world_size() > 1 and not last else contextlib.nullcontext():
                         with autocast(cfg.PRECISION, device):
                             logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
-                        # Weighted, the parts add up to the mean over the step's images.
+                        # Weighted like this, the parts add up to the mean over the images of the step.
                         part = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
                         part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)  # spoils every gradient
-                        scaler.scale(part * world_size()).backward()  # DistributedDataParallel averages over processes
+                        scaler.scale(part * world_size()).backward()  # DistributedDataParallel takes the mean
                     loss += part.detach()
-                break
+                done = True
             except torch.OutOfMemoryError:
-                logits = part = None  # let go of the graph before trying again
-            optimizer.zero_grad()
-            guard.shrink(largest)
+                logits = part = None  # lets go of the graph, before the next try
+            if not done:
+                optimizer.zero_grad()
+                guard.shrink(size)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.GRAD_CLIP or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
         bad = ~norm.isfinite()
-        if not scaler.is_enabled():
+        fused = optimizer.defaults.get("fused")
+        if fused and not scaler.is_enabled():
             optimizer.found_inf = bad.float()  # what GradScaler sets otherwise: a fused optimizer skips the step
-        scaler.step(optimizer)
+        if fused or scaler.is_enabled() or not bad:  # only another optimizer has to wait for the answer
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         guard.after_step(loss, images_in_step, bad, scaler.is_enabled())
-    totals = torch.stack([guard.loss_sum, guard.images, guard.dropped, guard.in_a_row]).double().cpu()
-    totals = torch.stack(gather(totals))  # each process holds its part of the loss, and the same number of images
-    images, dropped = float(totals[0, 1]), int(totals[:, 2].max())
-    return {"train_loss": float(totals[:, 0].sum()) / images if images else math.nan, "dropped": dropped,
-            "persistent": float(dropped > steps / 2 or totals[:, 3].max() >= 10)}
+    sums = gather([float(value) for value in (guard.loss_sum, guard.images, guard.dropped)])
+    images, dropped = sums[0][1], int(max(part[2] for part in sums))  # every process counts all images of a step
+    gave_up = scaler.is_enabled() and scaler.get_scale() < 1  # GradScaler found no scale at which float16 works
+    return {"train_loss": sum(part[0] for part in sums) / images if images else math.nan, "dropped": dropped,
+            "persistent": float(dropped > steps / 2 or gave_up)}
 
 
 def forward_in_parts(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """model(images) [B, ...] in halves, quarters, ... if memory runs out; for evaluation, where parts do not interact."""
+    """model(images) [B, ...], in parts if memory runs out; for evaluation, where images do not see each other."""
     try:
         return model(images)
     except torch.OutOfMemoryError:
-        if len(images) == 1:
-            raise out_of_memory("a smaller IMG_SIZE; PRECISION = 'auto'") from None
-    torch.cuda.empty_cache()
-    return torch.cat([forward_in_parts(model, part) for part in images.chunk(2)])
+        pass  # leaving the block lets go of what the failed pass still holds
+    parts = images.split(half_of(len(images)))
+    return torch.cat([forward_in_parts(model, part) for part in parts])
 
 
 @torch.inference_mode()
 def validate(model: torch.nn.Module, loader, criterion: torch.nn.Module, device: torch.device, *,
-             cfg: types.SimpleNamespace | None = None) -> dict[str, float]:
+             cfg: Settings | None = None) -> dict[str, float]:
     """Loss and scores at threshold 0.5 and the network's image size.
 
     Returns valid_loss (mean over images) and summarize() of all images of all processes, none counted twice.
     """
     cfg, device = cfg or default_settings(), torch.device(device)
     model.eval()
-    losses, counts = [], []
+    losses, counts = [torch.zeros((), device=device)], [torch.zeros((0, 3), dtype=torch.int64, device=device)]
     for images, masks in progress(loader, "Validation"):
-        if not len(images):  # a process may have no part in a small batch
-            continue
         with autocast(cfg.PRECISION, device):
             logits = forward_in_parts(model, to_input(images, device, cfg.MEAN, cfg.STD)).float()
         targets = to_target(masks, device)
         losses.append(criterion(logits, targets) * len(images))
         counts.append(confusion(logits.sigmoid(), targets))
-    loss_sum = float(torch.stack(losses).double().sum()) if losses else 0.0
-    counts = torch.cat(counts).cpu().numpy() if counts else np.zeros((0, 3), np.int64)
-    parts = gather((loss_sum, counts))
+    parts = gather((float(torch.stack(losses).sum()), torch.cat(counts).cpu().numpy()))
     counts = np.concatenate([part[1] for part in parts])
     return {"valid_loss": sum(part[0] for part in parts) / len(counts), **summarize(counts)}
 
 
-# ======================================================================================================================
-# Checkpoints
-# ======================================================================================================================
+# ===== Checkpoints ====================================================================================================
 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 RUN_FILES = (BEST, "unet_plusplus_best.json", LAST, "training_history.csv", "training_history.png",
@@ -1349,97 +1196,65 @@ RUN_FILES = (BEST, "unet_plusplus_best.json", LAST, "training_history.csv", "tra
 
 
 def to_cpu(value):
-    """A copy of nested dicts and lists with every tensor on the CPU and contiguous."""
+    """A copy of nested dicts and lists with every tensor on the CPU and contiguous.
+
+    Raises TrainerError if one of them holds NaN or infinity: such a state must never replace a good one.
+    """
     if isinstance(value, torch.Tensor):
+        if not torch.isfinite(value).all():
+            raise TrainerError("the model holds numbers that are not finite, and was not saved; go on with --resume", 1)
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
-    return [to_cpu(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def is_finite(value) -> bool:
-    """Whether no tensor in nested dicts and lists holds NaN or infinity."""
-    if isinstance(value, torch.Tensor):
-        return bool(torch.isfinite(value).all())
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(is_finite(item) for item in items)
+def write_record(checkpoint: Path, record: dict) -> None:
+    """Write the JSON beside a checkpoint, with the digest that ties the two together."""
+    record |= {"checkpoint": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+    content = json.dumps(record, indent=2, ensure_ascii=False)
+    write_file(checkpoint.with_suffix(".json"), content.encode("utf-8"), required=True)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_tensors(path: Path, content: dict) -> None:
-    """torch.save, complete or not at all, and never with a number that is not finite. Raises TrainerError."""
-    if rank() > 0:
-        return
-    if not is_finite(content):
-        raise TrainerError(f"the state for {path} has numbers that are not finite; it was not saved. Go on with --resume", 1)
-    write_file(path, lambda file: torch.save(content, file), required=True)
-
-
-def write_record(path: Path, **changes) -> None:
-    """Update the JSON beside a checkpoint with what has changed, and with the digest that ties the two together."""
-    if rank() > 0:
-        return
-    json_path = path.with_suffix(".json")
-    record = json.loads(json_path.read_text(encoding="utf-8")) if json_path.is_file() else {}
-    record |= changes | {"checkpoint": path.name, "sha256": file_digest(path)}
-    write_text(json_path, json.dumps(record, indent=2, ensure_ascii=False, default=str), required=True)
-
-
-def read_record(path: Path) -> tuple[dict, str]:
+def read_record(checkpoint: Path) -> tuple[dict, str]:
     """The JSON beside a checkpoint. Returns (record, ""), or ({}, why there is none to be trusted)."""
-    json_path = Path(path).with_suffix(".json")
+    path = checkpoint.with_suffix(".json")
     try:
-        record = json.loads(json_path.read_text(encoding="utf-8"))
-        if record.get("sha256") != file_digest(path):
-            return {}, f"{json_path.name} does not belong to {Path(path).name} (its digest differs)"
-        return record, ""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+            return record, ""
+        return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
-        return {}, f"there is no {json_path.name} beside it"
-    except (ValueError, AttributeError):
-        return {}, f"{json_path.name} is damaged"
+        return {}, f"there is no {path.name} beside it"
+    except (ValueError, TypeError, KeyError):
+        return {}, f"{path.name} is damaged"
 
 
-def keep_earlier_run(output: Path, folder: Path, names: tuple = RUN_FILES) -> None:
-    """Move the files of an earlier run into a folder of their own."""
-    present = [name for name in names if (output / name).is_file()]
-    if present and rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in present:
-            os.replace(output / name, folder / name)
-        say(f"Kept from the earlier run, in {folder}: {', '.join(present)}")
+def prediction_settings(cfg: Settings) -> dict:
+    """What predict_mask() has to know beside the weights."""
+    return {"img_size": cfg.IMG_SIZE, "mean": cfg.MEAN, "std": cfg.STD, "threshold": 0.5}
 
 
-def load_model(checkpoint: str | Path, device: str | torch.device | None = None) -> torch.nn.Module:
+def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
+               cfg: Settings | None = None) -> torch.nn.Module:
     """Load a checkpoint of this script for prediction, with the settings in the JSON beside it.
 
-    device: where to put the model; default: DEVICE. Without the JSON, or with one of another checkpoint, the script's
-    constants are used, with a warning. Raises TrainerError when the file is missing, damaged or does not fit.
+    device: where to put the model; default: DEVICE. cfg (default: the constants) is used instead, with a warning, when
+    there is no JSON or only one of another checkpoint. Raises TrainerError when the file is missing, damaged or unfit.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, cfg = Path(checkpoint), cfg or default_settings()
     weights = read_weights(checkpoint)
     record, problem = read_record(checkpoint)
+    settings = prediction_settings(cfg)
     if problem:
-        warn(f"{checkpoint}: {problem}; using the script's constants (ENCODER {ENCODER}, IMG_SIZE {IMG_SIZE}, "
-             "MEAN, STD, threshold 0.5)")
-    model = build_model(record.get("encoder", ENCODER), None)[0]
+        warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
+    model = build_model(record.get("encoder", cfg.ENCODER))[0]
     fit_weights(model, weights, checkpoint)
-    model.prediction_settings = prediction_settings(**{key: record[key] for key in prediction_settings() if key in record})
-    return model.to(device or DEVICE).eval()
+    model.prediction_settings = settings | {name: record[name] for name in settings if record}
+    return model.to(device or cfg.DEVICE).eval()
 
 
-def prediction_settings(img_size: int = IMG_SIZE, mean: tuple = MEAN, std: tuple = STD, threshold: float = 0.5) -> dict:
-    """What predict_mask() has to know beside the weights."""
-    return {"img_size": img_size, "mean": tuple(mean), "std": tuple(std), "threshold": threshold}
-
-
-# ======================================================================================================================
-# Prediction, and evaluation through the same path
-# ======================================================================================================================
+# ===== Prediction, and evaluation through the same path ===============================================================
 
 THRESHOLDS = np.round(np.arange(0.05, 0.96, 0.05), 2)
 
@@ -1450,17 +1265,11 @@ def predict_probability(model: torch.nn.Module, image: np.ndarray, height: int, 
 
     In float32 on every device, so that the scores of this script are those that other code gets.
     """
-    settings = getattr(model, "prediction_settings", None)
-    if settings is None:
-        warn("this model was not loaded by load_model(): predicting with the script's constants "
-             f"(IMG_SIZE {IMG_SIZE}, MEAN, STD, threshold 0.5)")
-        settings = model.prediction_settings = prediction_settings()
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    logits = forward_in_parts(model, to_input(image[None], device, settings["mean"], settings["std"]))
+    settings, training = model.prediction_settings, model.training
+    images = to_input(image[None], next(model.parameters()).device, settings["mean"], settings["std"])
+    logits = forward_in_parts(model.eval(), images)
     model.train(training)
-    return resize(logits.float().sigmoid()[0, 0].cpu().numpy(), height, width)
+    return resize(logits.sigmoid()[0, 0].cpu().numpy(), height, width)
 
 
 def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
@@ -1468,91 +1277,92 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
 
     Raises ValueError for any other kind of image.
     """
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
         raise ValueError("image must be an RGB uint8 array [H, W, 3], as read_image() returns; got "
                          f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}")
-    settings = getattr(model, "prediction_settings", None) or prediction_settings()
-    small = resize(image, settings["img_size"], settings["img_size"])
+    if not hasattr(model, "prediction_settings"):
+        model.prediction_settings = prediction_settings(default_settings())
+        warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
+    size = model.prediction_settings["img_size"]
+    small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
     probability = predict_probability(model, small, *image.shape[:2])
-    return (probability >= np.float32(settings["threshold"])).astype(np.uint8)
+    return (probability >= np.float32(model.prediction_settings["threshold"])).astype(np.uint8)
 
 
 def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """(TP, FP, FN) at every threshold: int64 [T, 3], from float32 probabilities and a 0/1 mask of the same shape."""
     passed = np.searchsorted(thresholds.astype(np.float32), probability.ravel(), side="right")  # how many it reaches
     inside = mask.ravel() > 0
-    at_least = [np.bincount(passed[part], minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
-                for part in (inside, ~inside)]
-    return np.stack([at_least[0], at_least[1], inside.sum() - at_least[0]], axis=-1)
+    tp, fp = (np.bincount(passed[part], minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
+              for part in (inside, ~inside))
+    return np.stack([tp, fp, inside.sum() - tp], axis=-1)
 
 
 def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, thresholds: np.ndarray, name: str) -> np.ndarray:
-    """Counts at the annotations' resolution for every image and threshold: int64 [N, T, 3], one image in memory."""
-    mine = range(rank(), len(dataset), world_size())
-    counts = [count_thresholds(predict_probability(model, dataset.sample(i)[0], record.height, record.width),
-                               record.mask(), thresholds)
-              for i, record in progress(((i, dataset.records[i]) for i in mine), f"Scoring {name}", len(mine))]
-    collected = {i: row for part in gather(dict(zip(mine, counts))) for i, row in part.items()}
-    return np.stack([collected[i] for i in range(len(dataset))])
+    """Counts at the annotations' resolution for every image and threshold: int64 [N, T, 3]; one image in memory."""
+    counts = {}
+    for i in progress(range(rank(), len(dataset), world_size()), f"Scoring {name}"):
+        truth = dataset.records[i].mask()
+        counts[i] = count_thresholds(predict_probability(model, dataset.sample(i)[0], *truth.shape), truth, thresholds)
+    counts = {i: rows for part in gather(counts) for i, rows in part.items()}
+    return np.stack([counts[i] for i in range(len(dataset))])
 
 
-def evaluate_checkpoint(cfg: types.SimpleNamespace, checkpoint: Path, splits: dict[str, Split],
-                        cache: PixelCache | None) -> None:
+def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """Find the threshold on valid, score test with it, write the tables and pictures, and update the record."""
-    model = load_model(checkpoint, cfg.DEVICE)
-    output, record = Path(cfg.OUTPUT_DIR), read_record(checkpoint)[0]
+    model, output, record = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR), read_record(checkpoint)[0]
     dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, model.prediction_settings["img_size"],
                                        records=split.records, cache=cache) for name, split in splits.items()}
-    dice = score_images(counts := evaluate_split(model, dataset["valid"], THRESHOLDS, "valid"))["dice"].mean(axis=0)
+    counts = evaluate_split(model, dataset["valid"], THRESHOLDS, "valid")
+    dice = score_images(counts)["dice"].mean(axis=0)
     best = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = best[np.abs(THRESHOLDS[best] - 0.5).argmin()]  # of equally good ones the least extreme
     threshold = model.prediction_settings["threshold"] = float(THRESHOLDS[chosen])
-    result = {"threshold": threshold, "valid_metrics": summarize(counts[:, chosen])}
-    say(f"\nThreshold {threshold:.2f} gives the best Dice on valid.")
-    say("Means over images at the original resolution; both masks empty scores 1, only one of them empty 0:")
-    say("           images    Dice     IoU  precision  recall   pooled Dice")
+    record |= {"threshold": threshold, "valid_metrics": summarize(counts[:, chosen])}
     line = "  {:<8} {:>6}  {dice:.4f}  {iou:.4f}     {precision:.4f}  {recall:.4f}        {pooled_dice:.4f}"
-    say(line.format("valid", len(counts), **result["valid_metrics"]))
+    say(f"\nThreshold {threshold:.2f} gives the best Dice on valid.\n"
+        "Means over images at the original resolution; both masks empty scores 1, only one of them empty 0:\n"
+        "           images    Dice     IoU  precision  recall   pooled Dice\n"
+        + line.format("valid", len(counts), **record["valid_metrics"]))
     if "test" in dataset:
-        counts = evaluate_split(model, dataset["test"], np.array([threshold]), "test")[:, 0]
-        result["test_metrics"] = summarize(counts)
-        say(line.format("test", len(counts), **result["test_metrics"]))
+        counts = evaluate_split(model, dataset["test"], THRESHOLDS[chosen:chosen + 1], "test")[:, 0]
+        record["test_metrics"], scores = summarize(counts), score_images(counts)
+        say(line.format("test", len(counts), **record["test_metrics"]))
         if rank() == 0:
-            scores = score_images(counts)
             write_table(output / "test_metrics.csv", [
                 {"file_name": row.file_name, **{name: f"{values[i]:.6f}" for name, values in scores.items()},
                  **dict(zip(("true_positive_px", "false_positive_px", "false_negative_px"), map(int, counts[i])))}
                 for i, row in enumerate(dataset["test"].records)])
             plot_predictions(output / "test_predictions.png", model, dataset["test"].records, scores["dice"])
-    if record:
-        write_record(checkpoint, **result)
+    if rank() == 0 and "encoder" in record:  # nothing is written beside a checkpoint whose origin is unknown
+        write_record(checkpoint, record)
     if str(record.get("encoder_weights_from")).startswith("random ("):
         warn("this model started from RANDOM weights, because the ImageNet weights could not be had "
-             f"{record['encoder_weights_from'][7:]}: its scores are lower than they need be.")
+             f"{record['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they need be.")
 
 
-def predict_files(cfg: types.SimpleNamespace, checkpoint: Path, sources: list[str]) -> None:
+def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
 
-    Nothing that exists is overwritten: a taken name gets a number. What this script has written is no input.
+    Nothing that exists is overwritten: a taken name gets a number. What this script has written (a mask and an overlay
+    side by side) is no input.
     """
-    files, skipped = [], 0
+    files, own, bad = [], 0, []
     for source in map(Path, sources):
-        if source.is_dir():
-            found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            own = [path for path in found if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?$", path.stem)]
-            files += [path for path in found if path not in own]
-            skipped += len(own)
-        elif source.is_file():
-            files.append(source)
-        else:
+        if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
-    if skipped:
-        say(f"Left out {skipped} file(s) whose names end in _mask or _overlay, or that this script has written.")
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            twins = [path.with_name(re.sub(r"_(mask|overlay)(?=(_\d+)?\.png$)", f"_{kind}", path.name))
+                     for kind in ("mask", "overlay")]
+            if path.name in RUN_FILES or twins[0] != twins[1] and all(twin.exists() for twin in twins):
+                own += 1
+            elif path == source or path.suffix.lower() in IMAGE_SUFFIXES:
+                files.append(path)
+    if own:
+        say(f"Left out {own} file(s) that this script has written.")
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    model = load_model(checkpoint, cfg.DEVICE)
-    bad = []
+    model = load_model(checkpoint, cfg=cfg)
     for path in progress(files, "Predicting"):
         try:
             image = read_image(path)
@@ -1561,32 +1371,28 @@ def predict_files(cfg: types.SimpleNamespace, checkpoint: Path, sources: list[st
             continue
         mask = predict_mask(model, image)
         for number in itertools.count(1):
-            suffix = "" if number == 1 else f"_{number}"
-            targets = [Path(cfg.OUTPUT_DIR) / f"{path.stem}_{kind}{suffix}.png" for kind in ("mask", "overlay")]
+            suffix = f"_{number}.png" if number > 1 else ".png"
+            targets = [Path(cfg.OUTPUT_DIR) / f"{path.stem}_{kind}{suffix}" for kind in ("mask", "overlay")]
             if not any(target.exists() for target in targets):
                 break
         for target, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
-            if not write_image(target, picture):
-                raise TrainerError("stopped: the output folder takes no more files", 1)
+            write_image(target, picture)
         say(f"{path}: {100 * mask.mean():.2f} % tumour -> {targets[0].name}, {targets[1].name}")
     if bad:
         raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{listed(bad)}")
 
 
-# ======================================================================================================================
-# Pictures
-# ======================================================================================================================
+# ===== Pictures =======================================================================================================
 
 
 def draw_overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
     """The image [H, W, 3] with the mask [H, W] tinted and outlined in red, and the outline of the truth in green."""
     out = image.copy()
     out[mask > 0] = 0.7 * out[mask > 0] + 0.3 * np.array([255, 0, 0])
-    width = max(1, round(max(image.shape) / 300))
     for outlined, colour in ((mask, (255, 0, 0)), (truth, (0, 255, 0))):
         if outlined is not None:
             contours = cv2.findContours(outlined, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
-            cv2.drawContours(out, contours, -1, colour, width)
+            cv2.drawContours(out, contours, -1, colour, max(1, round(max(image.shape) / 300)))
     return out
 
 
@@ -1596,181 +1402,85 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def show(axis, image: np.ndarray, title: str) -> None:
-    """One picture of a grid. The font has no CJK letters: file names are shortened to what it can draw."""
-    axis.imshow(image, cmap="gray", vmin=0, vmax=1 if image.ndim == 2 else None)
-    axis.set_title(title.encode("ascii", "replace").decode(), fontsize=8)
-    axis.axis("off")
+def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str = "") -> None:
+    """A grid of (picture, caption): RGB uint8 [H, W, 3] or mask uint8 0/1 [H, W]."""
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows)))
+    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+        for axis, (picture, caption) in itertools.zip_longest(axes, row, fillvalue=(np.ones((1, 1, 3)), "")):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if picture.ndim == 2 else None)
+            axis.set_title(caption.encode("ascii", "replace").decode(), fontsize=7)  # its font has no CJK letters
+            axis.axis("off")
+    figure.suptitle(title)
+    save_figure(path, figure)
 
 
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
-    """A grid of training images: above each augmented one the same image without augmentation, masks outlined."""
-    count = min(columns * 2, len(dataset))
-    # Preferably images with a tumour: their outlines show whether masks lie where they should.
-    order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].tumours, (i * 7919) % len(dataset)))[:count]
-    figure = Figure(figsize=(2.2 * columns, 2.4 * 4))
-    axes = figure.subplots(4, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for place, index in enumerate(order):
-        row, column = divmod(place, columns)
-        for axis, (image, mask), title in ((axes[2 * row, column], dataset.sample(index), "as loaded"),
-                                           (axes[2 * row + 1, column], dataset[(1, index)], "augmented")):
-            name = Path(dataset.records[index].file_name).stem
-            show(axis, draw_overlay(image, np.zeros_like(mask), mask), f"{name[:14]} {title}")
-    figure.suptitle("Training images as the network sees them (mask outline in green)")
-    save_figure(path, figure)
+    """Training images, masks outlined: below each one as loaded the same one as the network may see it."""
+    # Images with a tumour first: their outlines show whether masks lie where they should.
+    order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].rles, i * 7919 % len(dataset)))
+    rows = []
+    for first in range(0, min(2 * columns, len(order)), columns):
+        for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
+            row = [(i, *get(i)) for i in order[first:first + columns]]
+            rows.append([(draw_overlay(image, np.zeros_like(mask), mask),
+                          f"{kind}: ...{Path(dataset.records[i].file_name).stem[-16:]}") for i, image, mask in row])
+    plot_grid(path, rows, "Training images as the network sees them, tumour outlined in green")
 
 
 def plot_history(path: Path, history: list[dict]) -> None:
     """Losses, validation Dice and IoU, and learning rate over the epochs; the best epoch is marked."""
-    epochs = [row["epoch"] for row in history]
-    best = max(history, key=lambda row: row["dice"])
+    epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
     figure = Figure(figsize=(15, 4.5))
     panels = (("Loss", {"train_loss": "training", "valid_loss": "validation"}),
-              ("Validation score (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": None}))
+              ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "AdamW"}))
     for axis, (title, lines) in zip(figure.subplots(1, 3), panels):
         for key, label in lines.items():
             axis.plot(epochs, [row[key] for row in history], marker="." if len(history) < 30 else None, label=label)
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
                      label=f"best epoch {best['epoch']} (Dice {best['dice']:.4f})")
-        axis.set(title=title, xlabel="epoch")
+        axis.set(title=title, xlabel="epoch", yscale="log" if "lr" in lines else "linear")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-        if title == "Learning rate":
-            axis.set_yscale("log")
     save_figure(path, figure)
 
 
-def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2) -> None:
+def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2):
     """Best, median and worst test cases: image, truth, prediction, and overlay with the Dice of the case."""
-    order = np.argsort(-dice, kind="stable")
+    order = [int(i) for i in np.argsort(-dice, kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
-    places = {"best": range(each), "median": range(middle, middle + each), "worst": range(len(order) - each, len(order))}
-    rows, used = [], set()
-    for label, ranks in places.items():
-        for place in ranks:
-            if 0 <= place < len(order) and place not in used:
-                used.add(place)
-                rows.append((label, int(order[place])))
-    figure = Figure(figsize=(11, 2.9 * len(rows)))
-    for axes, (label, index) in zip(figure.subplots(len(rows), 4, squeeze=False), rows):
-        record = records[index]
-        image = read_image(record.path, record.height, record.width)
-        image = resize(image, record.height, record.width)
-        truth, mask = record.mask(), predict_mask(model, image)
-        show(axes[0], image, f"{label}: {Path(record.file_name).name[:28]}")
-        show(axes[1], truth, "truth")
-        show(axes[2], mask, "prediction")
-        show(axes[3], draw_overlay(image, mask, truth), f"Dice {dice[index]:.3f} (red: prediction, green: truth)")
-    save_figure(path, figure)
+    cases = {}  # a case keeps the first of its labels, where there are few
+    for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
+        cases |= {i: label for i in part if i not in cases}
+    rows = []
+    for i in (i for i in order if i in cases):
+        image, truth = read_image(records[i].path, records[i].height, records[i].width), records[i].mask()
+        image = resize(image, *truth.shape)
+        mask = predict_mask(model, image)
+        rows.append([(image, f"{cases[i]}: ...{Path(records[i].file_name).name[-24:]}"), (truth, "truth"),
+                     (mask, "prediction"), (draw_overlay(image, mask, truth), f"Dice {dice[i]:.3f}")])
+    plot_grid(path, rows, "Test images (in the overlay green: truth, red: prediction)")
 
 
-# ======================================================================================================================
-# A run from start to end
-# ======================================================================================================================
-
-
-def start_processes(cfg: types.SimpleNamespace) -> None:
-    """Under torchrun, join the other processes, each with its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if cfg.DEVICE.startswith("cuda"):
-        cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(cfg.DEVICE)
-    # The others wait while the first process of each machine reads all images.
-    dist.init_process_group("nccl" if cfg.DEVICE.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-
-
-@contextlib.contextmanager
-def shared_data(cfg: types.SimpleNamespace, names: list[str]):
-    """prepare_data() once on each machine, for all its processes; the cache is removed at the end of the block."""
-    local, result = int(os.environ.get("LOCAL_RANK", 0)), None
-    if local == 0:
-        try:
-            result = prepare_data(cfg, names)
-        except (TrainerError, Interrupted) as error:
-            result = error
-    everyone = gather(result)
-    if local:
-        result = everyone[rank() - local]
-    failed = next((other for other in everyone if isinstance(other, Exception)), None)
-    try:
-        if failed is not None:
-            raise failed
-        yield result
-    finally:
-        if local == 0 and isinstance(result, tuple) and result[1] is not None:
-            result[1].close()
-
-
-def describe_machine(cfg: types.SimpleNamespace, device: torch.device) -> None:
-    """Say what the run uses, and what is wrong if a GPU lies idle."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
-    say(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
-    if device.type == "cpu":
-        if torch.version.cuda is None and shutil.which("nvidia-smi"):
-            warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
-                 "Install the CUDA build that https://pytorch.org/get-started/locally names for your system.")
-        say("No GPU is used: expect about one image per second and core pair at 256 px, a few hours for a real data set.\n"
-            "For a first look: --img-size 128 --epochs 5. The time left stands in each epoch's line.")
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    modules = {"torch": torch, "torchvision": torchvision, "segmentation_models_pytorch": smp, "albumentations": A,
-               "opencv": cv2, "numpy": np, "matplotlib": matplotlib}
-    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
-
-
-def resume_command(argv: list[str] | None) -> str:
-    """The command line that goes on with this run."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"] + ["--resume"]
-    program = Path(sys.executable).name if shutil.which(Path(sys.executable).name) == sys.executable else sys.executable
-    start = [program] if world_size() == 1 else ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-    command = [*start, sys.argv[0], *words]
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-
-
-def read_last(cfg: types.SimpleNamespace) -> dict:
-    """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
-    path = Path(cfg.OUTPUT_DIR) / LAST
-    if not path.is_file():
-        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the run's "
-                           "folder with OUTPUT_DIR")
-    state = read_weights(path)
-    if not {"settings", "optimizer", "epoch"} <= set(state):
-        raise TrainerError(f"{path} is not the state of a run of this script")
-    old, new = state["settings"], vars(cfg)
-    differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in CONSTANTS
-               if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
-    if old["BATCH_SIZE"] * old["ACCUMULATION_STEPS"] != cfg.BATCH_SIZE * cfg.ACCUMULATION_STEPS:
-        differs.append(f"BATCH_SIZE * ACCUMULATION_STEPS: saved {old['BATCH_SIZE'] * old['ACCUMULATION_STEPS']}, "
-                       f"now {cfg.BATCH_SIZE * cfg.ACCUMULATION_STEPS}")
-    if differs:
-        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, or "
-                           f"start a new run in another OUTPUT_DIR. What may change: {', '.join(RESUME_MAY_CHANGE)}.")
-    return state
+# ===== A run from start to end ========================================================================================
 
 
 class Run:
     """Everything that changes while a model is trained, and its state on disk."""
 
-    def __init__(self, cfg: types.SimpleNamespace, device: torch.device, data: str, state: dict | None):
+    def __init__(self, cfg: Settings, device: torch.device, data: str, state: dict | None):
         """data: fingerprint of the splits. state: from read_last() to go on, or None to start."""
         self.cfg, self.device, self.data = cfg, device, data
+        self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
+        self.best_dice, self.history, self.reverted = -1.0, [], False
         torch.manual_seed(cfg.SEED)
-        if state or cfg.INIT_WEIGHTS:
-            self.model, self.encoder_weights_from = build_model(cfg.ENCODER, None)
-        else:
-            self.model, self.encoder_weights_from = build_model(cfg.ENCODER, cfg.ENCODER_WEIGHTS)
+        own_start = state or cfg.INIT_WEIGHTS  # then the encoder's weights are not needed
+        self.model, self.weights_from = build_model(cfg.ENCODER, None if own_start else cfg.ENCODER_WEIGHTS)
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)
             fit_weights(self.model, weights.get("model", weights), cfg.INIT_WEIGHTS)
-            self.encoder_weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
+            self.weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
         self.model.to(device, memory_format=torch.channels_last)
         if world_size() > 1 and device.type == "cuda" and cfg.SYNC_BATCHNORM:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -1778,128 +1488,204 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.LR, weight_decay=cfg.WEIGHT_DECAY, fused=True)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, mode="max", factor=cfg.PLATEAU_FACTOR, patience=cfg.PLATEAU_PATIENCE, threshold=0)
-        self.scaler = make_scaler(cfg.PRECISION, device)
-        self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
-        self.best_dice, self.history, self.reverted = -1.0, [], False
+        self.scaler, self.guard = make_scaler(cfg.PRECISION, device), StepGuard(self.model, device)
         if state:
             self.load(state)
         if cfg.COMPILE:
-            self.model.compile()  # in place: names of weights stay as they are
+            self.model.compile()  # in place: the names of the weights stay as they are
         # Buffers are shared explicitly before validation instead of in every forward pass.
-        self.trained = self.model if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
+        self.parallel = self.model if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
             self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
-        self.guard = StepGuard(self.model, device)
 
-    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "encoder_weights_from", "data")
+    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "data")
+    STATEFUL = ("model", "optimizer", "scheduler", "scaler")
 
     def state(self) -> dict:
         """The complete state: tensors on the CPU and plain values only, so that it can be read safely."""
-        return to_cpu({
-            **{name: getattr(self, name) for name in self.PLAIN}, "settings": vars(self.cfg),
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "random": torch.get_rng_state()})
+        return to_cpu({name: getattr(self, name) for name in self.PLAIN}
+                      | {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+                      | {"settings": vars(self.cfg), "random": torch.get_rng_state()})
 
     def load(self, state: dict) -> None:
         """Go on from a state. Raises TrainerError when it belongs to other data."""
         if state["data"] != self.data:
-            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; start a new run in "
-                               "another OUTPUT_DIR, or bring the data back")
+            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
+                               "back, or start a new run in another OUTPUT_DIR")
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        fit_weights(self.model, state["model"], LAST)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         if self.reverted:
-            self.cfg.PRECISION = "float32"
-            self.scaler = make_scaler(self.cfg.PRECISION, self.device)
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+            self.go_on_in_float32()
+        fit_weights(self.model, state["model"], LAST)
+        for name in self.STATEFUL[1:]:
+            if state[name]:  # a GradScaler that is not in use has no state
+                getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
+
+    def go_on_in_float32(self) -> None:
+        """Leave float16 and bfloat16 for good."""
+        self.reverted, self.cfg.PRECISION = True, "float32"
+        self.scaler = make_scaler("float32", self.device)
 
     def revert(self, state: dict, why: str) -> None:
         """Once: back to the last good state, and on in float32. Raises TrainerError the second time."""
         if self.reverted:
-            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. Look "
-                               "at training_samples.png and the images for damaged data, or try a smaller LR.", 1)
+            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. "
+                               "Look at training_samples.png for damaged data, or try a smaller LR.", 1)
         self.load(state)
-        self.reverted, self.cfg.PRECISION = True, "float32"
-        self.scaler = make_scaler(self.cfg.PRECISION, self.device)
-        self.guard = StepGuard(self.model, self.device)
+        self.go_on_in_float32()
         warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
 
-    def share_buffers(self) -> None:
-        """Give all processes the first one's BatchNorm statistics: those that the checkpoint will hold."""
-        if world_size() > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-
     def save(self, output: Path, improved: bool, record: dict) -> None:
-        """Write the best model first: whenever the run is killed, the last state repeats what is missing."""
+        """Write the best model before the last state: whenever the run is killed, resuming repeats what is missing."""
         if improved:
-            weights = self.model.state_dict()
-            save_tensors(output / BEST, to_cpu({name: value.float() if value.is_floating_point() else value
-                                                for name, value in weights.items()}))
-            write_record(output / BEST, **record)
-        save_tensors(output / LAST, self.state())
+            weights = to_cpu({name: value.float() if value.is_floating_point() else value
+                              for name, value in self.model.state_dict().items()})
+            write_file(output / BEST, lambda file: torch.save(weights, file), required=True)
+            write_record(output / BEST, record)
+        state = self.state()
+        write_file(output / LAST, lambda file: torch.save(state, file), required=True)
 
 
-def train(cfg: types.SimpleNamespace, resume: bool, command: str) -> None:
+def read_last(cfg: Settings) -> dict:
+    """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
+    path = Path(cfg.OUTPUT_DIR) / LAST
+    if not path.is_file():
+        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the "
+                           "run's folder with OUTPUT_DIR")
+    state = read_weights(path)
+    if missing := {"settings", "random", *Run.PLAIN, *Run.STATEFUL} - set(state):
+        raise TrainerError(f"{path} is not the state of a run of this script: it has no {', '.join(sorted(missing))}")
+    old, new = [settings | {"images per step": settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"]}
+                for settings in (state["settings"], vars(cfg))]
+    differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in new
+               if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
+    if differs:
+        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, "
+                           "or start a new run in another OUTPUT_DIR. What may change: "
+                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
+    return state
+
+
+def describe_machine(cfg: Settings, device: torch.device) -> None:
+    """Say what the run uses, and what is wrong if a GPU lies idle."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
+    say(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
+             "Install the CUDA build that https://pytorch.org/get-started/locally names for your system.")
+    if device.type == "cpu":
+        say("No GPU is used: at 256 px expect one or two images per second, hours or days for a real data set. For a\n"
+            "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
+
+
+def start_processes(cfg: Settings) -> None:
+    """Under torchrun, join the other processes, each with its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if cfg.DEVICE.startswith("cuda"):
+            cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(cfg.DEVICE)
+        # Two hours, because the others wait while the first process of each machine reads all images.
+        dist.init_process_group("nccl" if cfg.DEVICE.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+
+
+@contextlib.contextmanager
+def shared_data(cfg: Settings, names: list[str]):
+    """prepare_data() once on each machine, for all its processes; the cache is removed at the end of the block."""
+    local, own = int(os.environ.get("LOCAL_RANK", 0)), None
+    if local == 0:
+        try:
+            own = prepare_data(cfg, names)
+        except (TrainerError, Interrupted) as error:
+            own = error
+    try:
+        everyone = gather(own)
+        for result in everyone:
+            if isinstance(result, Exception):
+                raise result
+        yield everyone[rank() - local]
+    finally:
+        if isinstance(own, tuple) and own[1] is not None:
+            own[1].close()
+
+
+def keep_earlier_run(output: Path, folder: Path, names: tuple) -> None:
+    """Move those files of an earlier run that exist into a folder of their own."""
+    present = [name for name in names if (output / name).is_file()]
+    if present:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in present:
+            os.replace(output / name, folder / name)
+        say(f"Kept from the earlier run, in {folder}: {', '.join(present)}")
+
+
+def announce_earlier_run(output: Path, command: str) -> Path | None:
+    """Say that there is an earlier run, and how to go on with it. Returns the folder that will keep it, or None."""
+    times = {name: (output / name).stat().st_mtime for name in RUN_FILES if (output / name).is_file()}
+    if not times:
+        return None
+    stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(max(times.values())))
+    keep = next(folder for number in itertools.count(1) if not (folder := output / f"{stamp}_{number}").exists())
+    say(f"{output} holds an earlier run. The new one will move its files to {keep.name} with its first checkpoint.")
+    if LAST in times:
+        say(f"To go on with the earlier run instead, press Ctrl-C and run:\n  {command}")
+    return keep
+
+
+def train(cfg: Settings, resume: bool, command: str) -> None:
     """Train, keep the best model, then evaluate it. command: how to resume, for messages."""
     device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
     torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC
     torch.use_deterministic_algorithms(cfg.DETERMINISTIC, warn_only=True)
     torch.set_float32_matmul_precision("highest" if cfg.DETERMINISTIC else "high")  # TF32 for what stays float32
-    torch.backends.cudnn.allow_tf32 = not cfg.DETERMINISTIC
     describe_machine(cfg, device)
     state = read_last(cfg) if resume else None
-    earlier = [output / name for name in RUN_FILES if (output / name).is_file()]
-    keep = None
-    if earlier and not resume:
-        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(max(path.stat().st_mtime for path in earlier)))
-        keep = next(folder for number in itertools.count(1)
-                    if not (folder := output / f"earlier_run_{written}{'' if number == 1 else f'_{number}'}").exists())
-        go_on = f"To go on with it instead, press Ctrl-C and run:\n  {command}\n" if output / LAST in earlier else ""
-        say(f"{output} holds an earlier run. {go_on}The new run will move its files to {keep.name} with its first checkpoint.")
+    keep = None if resume else announce_earlier_run(output, command)
 
     with shared_data(cfg, ["train", "valid", "test"]) as (splits, cache):
-        run = Run(cfg, device, fingerprint(splits), state)
-        initial = None if state else run.state()
         loaders = {}
         for name in ("train", "valid"):
             dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
                                         records=splits[name].records, cache=cache)
             loaders[name] = make_loader(dataset, cfg, train=name == "train")
-        criterion = LOSSES[cfg.LOSS]()
-        images = len(loaders["train"].dataset)
+        if len(splits["train"].records) < world_size():
+            raise TrainerError("there are fewer training images than processes")
+        run, criterion = Run(cfg, device, fingerprint(splits), state), LOSSES[cfg.LOSS]()
+        good = None if state else run.state()  # what to go back to before the first checkpoint
         record = {
-            "encoder": cfg.ENCODER, **prediction_settings(cfg.IMG_SIZE, cfg.MEAN, cfg.STD), "threshold": 0.5,
-            "settings": vars(cfg), "versions": versions(), "device": str(device), "platform": platform.platform(),
-            "encoder_weights_from": run.encoder_weights_from, "data_counts": {
-                name: {"images": len(split.records), "annotations": split.facts["annotations"],
-                       "without_tumour": sum(not row.tumours for row in split.records), "skipped": split.facts["skipped"]}
-                for name, split in splits.items()}}
+            "encoder": cfg.ENCODER, **prediction_settings(cfg), "settings": vars(cfg),
+            "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in
+                                                                 (torch, torchvision, smp, A, cv2, np, matplotlib)},
+            "device": str(device), "platform": platform.platform(), "encoder_weights_from": run.weights_from,
+            "data_counts": {name: {"images": len(split.records), "annotations": split.annotations,
+                                   "without_tumour": sum(not row.rles for row in split.records),
+                                   "skipped": split.skipped} for name, split in splits.items()}}
         if state:
-            say(f"Going on after epoch {run.epoch}; best validation Dice so far {run.best_dice:.4f} (epoch {run.best_epoch}).")
-            if state["settings"]["EPOCHS"] < cfg.EPOCHS and cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING:
-                run.waited = 0  # it had stopped early, and more epochs are asked for
+            say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch}).")
+            if run.epoch >= cfg.EPOCHS:
+                say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
+            elif state["settings"]["EPOCHS"] < cfg.EPOCHS:
+                run.waited = 0  # more epochs are asked for: also after an early stop
         elif rank() == 0:
             if keep:
                 keep_earlier_run(output, keep, ("training_samples.png",))
             plot_samples(output / "training_samples.png", loaders["train"].dataset)
-        seconds = []
+        first_epoch, start = run.epoch, time.perf_counter()
         while run.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING):
-            began = time.perf_counter()
+            began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             loaders["train"].batch_sampler.set_epoch(run.epoch)
-            lr = run.optimizer.param_groups[0]["lr"]
-            stats = train_one_epoch(run.trained, loaders["train"], criterion, run.optimizer, run.scaler, device, cfg=cfg,
-                                    guard=run.guard, epoch=run.epoch)
-            train_seconds = time.perf_counter() - began
-            persistent = stats.pop("persistent")
-            run.share_buffers()
+            stats = train_one_epoch(run.parallel, loaders["train"], criterion, run.optimizer, run.scaler, device,
+                                    cfg=cfg, guard=run.guard, epoch=run.epoch)
+            speed = len(splits["train"].records) / (time.perf_counter() - began)
+            if world_size() > 1:
+                for buffer in run.model.buffers():  # validate with the statistics that the checkpoint will hold
+                    dist.broadcast(buffer, 0)
             scores = validate(run.model, loaders["valid"], criterion, device, cfg=cfg)
-            if persistent or not math.isfinite(scores["valid_loss"]):
-                run.revert(initial or shared_state(output), f"epoch {run.epoch + 1}: the loss or its gradient is not finite "
-                           f"({stats['dropped']} steps dropped, validation loss {scores['valid_loss']:.4g})")
+            if stats.pop("persistent") or not math.isfinite(scores["valid_loss"]):
+                run.revert(good or read_weights(output / LAST),
+                           f"epoch {run.epoch + 1}: the loss or its gradient is not finite ({stats['dropped']} steps "
+                           f"dropped, validation loss {scores['valid_loss']:.4g})")
                 continue
             run.epoch += 1
             run.scheduler.step(scores["dice"])
@@ -1907,56 +1693,46 @@ def train(cfg: types.SimpleNamespace, resume: bool, command: str) -> None:
             run.waited = 0 if improved else run.waited + 1
             if improved:
                 run.best_dice, run.best_epoch = scores["dice"], run.epoch
-            seconds.append(time.perf_counter() - began)
-            row = {"epoch": run.epoch, **stats, **scores, "lr": lr, "images_per_second": round(images / train_seconds, 2),
-                   "seconds": round(seconds[-1], 2)}
+            row = {"epoch": run.epoch, **stats, **scores, "lr": lr, "images_per_second": round(speed, 2),
+                   "seconds": round(time.perf_counter() - began, 2)}
             run.history.append(row)
-            if keep:
-                keep_earlier_run(output, keep, tuple(name for name in RUN_FILES if name != "training_samples.png"))
-                keep = None
-            run.save(output, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
-            initial = None
             if rank() == 0:
+                if keep:
+                    keep_earlier_run(output, keep, tuple(name for name in RUN_FILES if name != "training_samples.png"))
+                run.save(output, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
                 write_table(output / "training_history.csv", run.history)
                 plot_history(output / "training_history.png", run.history)
-            left = timedelta(seconds=round(sum(seconds) / len(seconds) * (cfg.EPOCHS - run.epoch)))
+            keep = good = None
+            left = (time.perf_counter() - start) / (run.epoch - first_epoch) * (cfg.EPOCHS - run.epoch)
             say(f"epoch {run.epoch:>{len(str(cfg.EPOCHS))}}/{cfg.EPOCHS}  train loss {row['train_loss']:.4f}  "
                 f"valid loss {row['valid_loss']:.4f}  Dice {row['dice']:.4f}  IoU {row['iou']:.4f}  lr {lr:.1e}  "
-                f"{row['images_per_second']:6.1f} img/s  {row['seconds']:6.1f} s  left {left}"
+                f"{speed:6.1f} img/s  {row['seconds']:6.1f} s  left {timedelta(seconds=round(left))}"
                 + (f"  dropped {row['dropped']}" if row["dropped"] else "") + ("  * best" if improved else ""))
         if run.epoch < cfg.EPOCHS:
-            say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING = {cfg.EARLY_STOPPING}).")
-        elif state and not seconds:
-            say(f"All {cfg.EPOCHS} epochs were done already; raise EPOCHS to train on.")
-        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch}, at {cfg.IMG_SIZE} px and threshold 0.5.")
+            say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING).")
+        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
+        gather(None)  # waits until the first process has written the best model
         del loaders, run  # ends the workers and frees the GPU before the evaluation
         evaluate_checkpoint(cfg, output / BEST, splits, cache)
-    say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)")
-    say("Look at training_history.png, training_samples.png" + (" and test_predictions.png." if "test" in splits else "."))
+    say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
+        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
 
 
-def shared_state(output: Path) -> dict:
-    """The last saved state, read by the first process and sent to the others."""
-    state = [read_weights(output / LAST) if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(state, 0)
-    return state[0]
-
-
-def run_mode(cfg: types.SimpleNamespace, mode: argparse.Namespace, command: str) -> None:
+def run_mode(cfg: Settings, mode: argparse.Namespace, command: str) -> None:
     """Do what the command line asks for. Raises TrainerError and Interrupted."""
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
+    if mode.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainerError("--predict runs in one process; start it without torchrun")
+    start_processes(cfg)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
-        return
-    start_processes(cfg)
-    if mode.audit:
+    elif mode.audit:
         with shared_data(cfg, ["train", "valid", "test"]):
             say("The data can be used.")
     elif mode.evaluate:
+        cfg.IMG_SIZE = read_record(checkpoint)[0].get("img_size", cfg.IMG_SIZE)  # that of the cache
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
-        cfg.IMG_SIZE = read_record(checkpoint)[0].get("img_size", cfg.IMG_SIZE)
         with shared_data(cfg, ["valid", "test"]) as (splits, cache):
             evaluate_checkpoint(cfg, checkpoint, splits, cache)
     else:
@@ -1965,46 +1741,60 @@ def run_mode(cfg: types.SimpleNamespace, mode: argparse.Namespace, command: str)
         dist.destroy_process_group()
 
 
+def resume_command(argv: list[str] | None) -> str:
+    """The command line that goes on with this run."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"] + ["--resume"]
+    python = Path(sys.executable).name
+    python = python if shutil.which(python) == sys.executable else sys.executable
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    start = [python] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+    command = [*start, sys.argv[0], *words]
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script. argv: the words of the command line, default sys.argv[1:].
 
-    Returns the exit code: 0 done, 1 stopped by a failure, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM.
+    Returns the exit code: 0 done, 1 failed on the way, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Chinese path must not end a run whose output goes to a file
             stream.reconfigure(errors="backslashreplace")
-    cv2.setNumThreads(0)  # parallel work here is a matter of threads and processes of our own
-    failure = None
-    with STOP.installed():
-        try:
-            cfg, mode = read_settings(argv)
-            command = resume_command(argv)
-            run_mode(cfg, mode, command)
-            return 0
-        except (Interrupted, KeyboardInterrupt):
-            pass
-        except TrainerError as error:
-            failure = error
-        except (RuntimeError, MemoryError) as error:
-            text = str(error)
-            if "DataLoader worker" in text:
-                failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with a "
-                                       f"smaller NUM_WORKERS:\n  {command} --num-workers 0", 1)
-            elif isinstance(error, MemoryError) or "not enough memory" in text:
-                failure = TrainerError(f"memory ran out ({text}); go on with a smaller BATCH_SIZE and more "
-                                       f"ACCUMULATION_STEPS, or a smaller NUM_WORKERS:\n  {command}", 1)
-            elif not STOP.signum:  # a signal to the whole process group also ends workers, which shows up here
-                raise
-        if failure is None or STOP.signum:
-            number = STOP.signum or signal.SIGINT
-            done = 'cfg' in locals() and (Path(cfg.OUTPUT_DIR) / LAST).is_file() and not (mode.predict or mode.audit)
-            say("\nStopped. Everything up to the last finished epoch is saved." if done else "\nStopped.")
-            if done:
-                say(f"To go on:\n  {command}")
-            return 128 + number
-        if failure.exit_code != 2 or rank() == 0:  # what ends with 2 is found by every process alike
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        return failure.exit_code
+    cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
+    # Where workers come from a fork server, they share what it has imported.
+    multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
+    command, cfg, failure = resume_command(argv), None, None
+    STOP.signum = 0
+    handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cfg, mode = read_settings(argv)
+        run_mode(cfg, mode, command)
+        return 0
+    except (Interrupted, KeyboardInterrupt):
+        STOP.signum = STOP.signum or signal.SIGINT
+    except TrainerError as error:
+        failure = error
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error):
+            failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with "
+                                   f"fewer of them:\n  {command} --num-workers 0", 1)
+        elif isinstance(error, MemoryError) or "not enough memory" in str(error):
+            failure = TrainerError(f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more "
+                                   f"ACCUMULATION_STEPS, or fewer NUM_WORKERS:\n  {command}", 1)
+        elif not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
+            raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if STOP.signum:
+        code, STOP.signum = 128 + STOP.signum, 0
+        say("\nStopped.")
+        if cfg and (Path(cfg.OUTPUT_DIR) / LAST).is_file() and not (mode.predict or mode.audit or mode.evaluate):
+            say(f"The last finished epoch is saved. To go on from there:\n  {command}")
+        return code
+    if failure.exit_code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    return failure.exit_code
 
 
 if __name__ == "__main__":

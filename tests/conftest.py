@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.register_assert_rewrite("background")
 
-import brain_tumor_integrated_smp as script  # noqa: E402
+import brain_tumor_integrated_smp as script  # noqa: E402, F401 (the tests take it from here)
 
 # A run that takes seconds on two cores: a small encoder, small squares, no download.
 FAST = ["--img-size", "64", "--encoder", "resnet18", "--encoder-weights", "none", "--batch-size", "4",
@@ -45,7 +45,8 @@ def write_split(folder, count, size=96, seed=0):
         x, y, w, h = (int(v) for v in rng.integers([8, 8, 16, 16], [size // 2, size // 2, 40, 40]))
         if i < count - 1 or count == 1:
             image[y:y + h, x:x + w] += 120
-            annotations.append({"id": i, "image_id": i, "category_id": 1, "segmentation": [box(x, y, w, h)], "iscrowd": 0})
+            annotations.append({"id": i, "image_id": i, "category_id": 1, "segmentation": [box(x, y, w, h)],
+                                "iscrowd": 0})
         (folder / f"slice_{i}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
         images.append({"id": i, "file_name": f"slice_{i}.png", "height": size, "width": size})
     write_coco(folder, images, annotations)
