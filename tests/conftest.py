@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "brain_tumor_integrated_smp.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import brain_tumor_integrated_smp as script  # noqa: F401 (the tests take it from here)
+pytest.register_assert_rewrite("background")
+
+import brain_tumor_integrated_smp as script  # noqa: E402, F401 (the tests take it from here)
 
 # A run that takes seconds on two cores: a small encoder, small squares, no download.
 FAST = ["--img-size", "64", "--encoder", "resnet18", "--encoder-weights", "none", "--batch-size", "4",
@@ -84,3 +86,16 @@ def run_script(*arguments, env=None, **options):
     """Run the script as a user does; returns the finished process with text output."""
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, encoding="utf-8",
                           env=os.environ | (env or {}), timeout=600, **options)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: long repetitions, only run with -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the soaks unless the command line selects by marker."""
+    if config.option.markexpr:
+        return
+    soaks = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=soaks)
+    items[:] = [item for item in items if item not in soaks]

@@ -1,0 +1,166 @@
+"""Runs of the script in processes of their own, with faults injected, started from one that has imported it already.
+
+An import takes seconds; processes forked from a server that has done it start at once. Each runs main() with the
+arguments of a command line, in a session of its own, its output in a log file.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from conftest import FAST, ROOT, SCRIPT, write_data
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which imports the script
+os.environ["OMP_NUM_THREADS"] = "1"  # these networks are too small to share between threads
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["brain_tumor_integrated_smp"])
+
+# Pictures cost more time than an epoch here, and say nothing about what these tests ask.
+NO_PICTURES = """
+for name in ("plot_samples", "plot_history", "plot_predictions"):
+    setattr(script, name, lambda path, *_: script.write_text(path, "a picture"))
+"""
+TIMING = ("images_per_second", "seconds")  # columns of the history that differ between equal runs
+
+
+def _child(argv, patch, log):
+    os.setsid()
+    if sys.version_info < (3, 14):  # what a run from the command line uses on Linux
+        multiprocessing.set_start_method("fork", force=True)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+    sys.argv = [str(SCRIPT), *argv]
+    import brain_tumor_integrated_smp as script
+
+    exec(patch, {"script": script, "torch": torch, "os": os, "signal": signal, "time": time})
+    sys.exit(script.main(argv))
+
+
+class Process:
+    """A run in the background. patch: Python text that is executed before main()."""
+
+    def __init__(self, argv, patch="", pictures=False):
+        self.log = Path(tempfile.mkstemp(suffix=".log", dir=scratch())[1])
+        patch = ("" if pictures else NO_PICTURES) + patch
+        self.process = SERVER.Process(target=_child, args=([str(word) for word in argv], patch, str(self.log)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def text(self):
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, seconds=300):
+        """The exit code; a negative one is the signal that killed the process."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {seconds} s:\n{self.text}")
+        return self.process.exitcode
+
+    def wait_for(self, words, seconds=200):
+        """Until the output holds these words."""
+        end = time.monotonic() + seconds
+        while words not in self.text:
+            assert self.process.is_alive() and time.monotonic() < end, f"never said {words!r}:\n{self.text}"
+            time.sleep(0.02)
+
+    def kill(self, signum=signal.SIGKILL, group=False):
+        """Send a signal, unless the process has ended already."""
+        try:
+            (os.killpg if group else os.kill)(self.pid, signum)
+        except ProcessLookupError:
+            pass
+
+    def workers(self):
+        """Process numbers of the children."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+
+def run(argv, patch="", pictures=False):
+    """Run to the end; returns (exit code, output)."""
+    process = Process(argv, patch, pictures)
+    code = process.wait()
+    return code, process.text
+
+
+@functools.cache
+def scratch():
+    """A folder for everything that several tests share, removed when they end."""
+    folder = Path(tempfile.mkdtemp(prefix="trainer_tests_"))
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return folder
+
+
+@functools.cache
+def shared_data():
+    """A data folder with 8 + 3 + 2 images of 64x64 pixels."""
+    return write_data(scratch() / "data", 8, 3, 2, size=64)
+
+
+def arguments(output, *more, data=None):
+    """A command line for runs that can be compared to the last bit; mobilenet_v2 has the smallest checkpoint."""
+    return [*FAST, "--encoder", "mobilenet_v2", "--batch-size", "2", "--num-workers", "2", "--epochs", "4",
+            "--data-dir", str(data or shared_data()), "--output-dir", str(output), "--cache-dir", str(scratch()),
+            *map(str, more)]
+
+
+@functools.cache
+def whole_run(precision="float32"):
+    """The output folder of 4 undisturbed epochs; not to be written into."""
+    folder = scratch() / f"whole_{precision}"
+    code, text = run(arguments(folder, "--precision", precision))
+    assert code == 0, text
+    return folder
+
+
+def copy_run(source, target):
+    """A copy of an output folder by hard links: files are replaced by the script, never changed in place."""
+    return shutil.copytree(source, target, copy_function=os.link)
+
+
+def read(folder, name="unet_plusplus_last.pth"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Where two nested states differ, to the last bit."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return [] if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [found for key in sorted({*a, *b}, key=str) if key not in TIMING
+                for found in differences(a.get(key), b.get(key), f"{path}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [found for number, pair in enumerate(zip(a, b)) for found in differences(*pair, f"{path}/{number}")]
+    return [] if a == b else [f"{path}: {a!r} is not {b!r}"]
+
+
+def table_rows(folder):
+    """training_history.csv without the timing columns."""
+    lines = [line.split(",") for line in (folder / "training_history.csv").read_text().splitlines()]
+    keep = [number for number, name in enumerate(lines[0]) if name not in TIMING]
+    return [[line[number] for number in keep] for line in lines]
+
+
+def assert_same_run(folder, other):
+    """Two finished runs are the same: state, best model, history, scores."""
+    mine, theirs = read(folder), read(other)
+    for state in (mine, theirs):
+        for name in ("OUTPUT_DIR", "NUM_WORKERS", "DATA_DIR", "PRECISION"):
+            state["settings"].pop(name)
+        state.pop("random")  # says nothing by itself; that draws repeat is a test of its own
+    assert differences(mine, theirs) == []
+    assert differences(read(folder, "unet_plusplus_best.pth"), read(other, "unet_plusplus_best.pth")) == []
+    assert table_rows(folder) == table_rows(other)
+    assert (folder / "test_metrics.csv").read_text() == (other / "test_metrics.csv").read_text()
