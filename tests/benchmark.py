@@ -38,7 +38,8 @@ import torch
 
 import brain_tumor_integrated_smp as script
 
-VERSIONS = {"loader": ("straightforward", "original", "this"), "step": ("original", "this"), "epoch": ("original", "this")}
+VERSIONS = {"loader": ("straightforward", "original", "this"), "step": ("original", "this"),
+            "epoch": ("original", "this")}
 STEPS = 5  # timed steps of the part "step", after as many that are not
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large matrix product
 
@@ -55,9 +56,9 @@ class UNet(torch.nn.Module):
         super().__init__()
 
         def double(inputs, outputs):
-            return torch.nn.Sequential(
-                torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU(inplace=True),
-                torch.nn.Conv2d(outputs, outputs, 3, padding=1), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU(inplace=True))
+            layers = [(torch.nn.Conv2d(channels, outputs, 3, padding=1), torch.nn.BatchNorm2d(outputs),
+                       torch.nn.ReLU(inplace=True)) for channels in (inputs, outputs)]
+            return torch.nn.Sequential(*layers[0], *layers[1])
 
         widths = (64, 128, 256, 512, 1024)
         self.down = torch.nn.ModuleList(double(*pair) for pair in zip((3, *widths), widths))
@@ -129,8 +130,8 @@ class Original:
     def open_data(self):
         o = self.options
         self.loaders = {name: torch.utils.data.DataLoader(
-            OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train"), o.batch_size, shuffle=name == "train",
-            num_workers=o.workers) for name, count in (("train", o.images), ("valid", o.valid))}
+            OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train"), o.batch_size,
+            shuffle=name == "train", num_workers=o.workers) for name, count in (("train", o.images), ("valid", o.valid))}
 
     def train_loader(self, epoch):
         return self.loaders["train"]
@@ -349,8 +350,8 @@ def measure_step(version, options, device):
         rates.append(len(images) / (time.perf_counter() - began))
     rate = statistics.median(rates)
     achieved, possible = rate / len(images) * flops, matrix_rate(version.precision, device)
-    return {"parameters, million": sum(p.numel() for p in version.model.parameters()) / 1e6, "images/s, step alone": rate,
-            "peak memory of the step, MB": memory.megabytes, "GFLOP per image and step": flops / len(images) / 1e9,
+    return {"parameters, million": sum(p.numel() for p in version.model.parameters()) / 1e6,
+            "images/s, step alone": rate, "peak memory of the step, MB": memory.megabytes, "GFLOP per image and step": flops / len(images) / 1e9,
             "GFLOP/s of the step": achieved / 1e9, "GFLOP/s of a matrix product": possible / 1e9,
             "share of the matrix product, %": 100 * achieved / possible}
 
@@ -399,8 +400,8 @@ def measure(options):
 
 def in_new_process(options, part, version, seed):
     """One measurement. Returns its numbers."""
-    words = [word for name in ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision")
-             for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
+    names = ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision")
+    words = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
     words += ["--part", part, "--version", version, "--seed", str(seed)] + ["--compile"] * options.compile
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
@@ -473,8 +474,8 @@ def main(argv=None):
         f"CPU ({platform.processor() or platform.machine()}), {script.available_cores()} cores"
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "version", "seed", "json")}
     report = {"device": name, "settings": settings, "versions": script.versions(), "results": results}
-    print(f"\n{name}, PyTorch {torch.__version__}, {options.img_size} px, batch {options.batch_size}, {options.images} training "
-          f"and {options.valid} validation images, {options.epochs} epochs, {options.repeats} repeats\n")
+    print(f"\n{name}, PyTorch {torch.__version__}, {options.img_size} px, batch {options.batch_size}, "
+          f"{options.images} training and {options.valid} validation images, {options.epochs} epochs, {options.repeats} repeats\n")
     print(table(results) + "\n")
     print(json.dumps(report))
     if options.json:

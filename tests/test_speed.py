@@ -60,8 +60,9 @@ def tiny_network(monkeypatch):
 def make_cfg(data, tmp_path, **changes):
     """The script's settings for a tiny run in tmp_path."""
     cfg = script.default_settings()
-    vars(cfg).update(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), CACHE_DIR=str(tmp_path / "cache"), IMG_SIZE=64,
-                     ENCODER="resnet18", ENCODER_WEIGHTS=None, BATCH_SIZE=4, NUM_WORKERS=0, EPOCHS=1, DEVICE="cpu")
+    vars(cfg).update(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), CACHE_DIR=str(tmp_path / "cache"),
+                     IMG_SIZE=64, ENCODER="resnet18", ENCODER_WEIGHTS=None, BATCH_SIZE=4, NUM_WORKERS=0, EPOCHS=1,
+                     DEVICE="cpu")
     vars(cfg).update(changes)
     for folder in (cfg.OUTPUT_DIR, cfg.CACHE_DIR):
         os.makedirs(folder, exist_ok=True)
@@ -272,8 +273,8 @@ def test_leftovers_of_a_killed_run_are_removed_but_not_the_cache_of_a_live_one(t
 
 def arguments(data, tmp_path, *more):
     (tmp_path / "cache").mkdir(exist_ok=True)
-    return [*FAST, "--data-dir", str(data), "--output-dir", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"),
-            *more]
+    return [*FAST, "--data-dir", str(data), "--output-dir", str(tmp_path / "out"),
+            "--cache-dir", str(tmp_path / "cache"), *more]
 
 
 def test_the_cache_is_removed_after_bad_data(data, tmp_path, capsys):
@@ -323,7 +324,8 @@ def test_a_changed_file_is_seen_by_the_next_run(data, tmp_path):
     cfg = make_cfg(data, tmp_path)
     pixels = []
     for grey in (30, 200):
-        (data / "train" / "slice_0.png").write_bytes(cv2.imencode(".png", np.full((96, 96), grey, np.uint8))[1].tobytes())
+        png = cv2.imencode(".png", np.full((96, 96), grey, np.uint8))[1]
+        (data / "train" / "slice_0.png").write_bytes(png.tobytes())
         splits, cache = script.prepare_data(cfg, ["train", "valid"])
         pixels.append(int(make_dataset((cfg, splits, cache)).sample(0)[0].max()))
         cache.close()
@@ -536,8 +538,9 @@ def test_no_call_inside_the_step_waits_for_the_device(monkeypatch, cfg, loss, ac
     assert watched_epoch(monkeypatch, cfg, script.LOSSES[loss](), scaled) == math.ceil(3 / accumulation)
 
 
-@pytest.mark.parametrize("read", [bool, float, lambda loss: loss.item(), lambda loss: loss.cpu(), lambda loss: loss.tolist(),
-                                  lambda loss: torch.equal(loss, loss), lambda loss: loss[loss > 0]])
+@pytest.mark.parametrize("read", [bool, float, lambda loss: loss.item(), lambda loss: loss.cpu(),
+                                  lambda loss: loss.tolist(), lambda loss: torch.equal(loss, loss),
+                                  lambda loss: loss[loss > 0]])
 def test_the_watch_notices_such_calls(monkeypatch, cfg, read):
     def criterion(logits, targets):
         read(logits.detach().mean())
@@ -547,7 +550,8 @@ def test_the_watch_notices_such_calls(monkeypatch, cfg, read):
         watched_epoch(monkeypatch, cfg, criterion, False)
 
 
-@pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3), np.uint8), torch.zeros(2, 3, 32, 32)], ids=["uint8", "float32"])
+@pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3), np.uint8), torch.zeros(2, 3, 32, 32)],
+                         ids=["uint8", "float32"])
 def test_the_network_sees_channels_last(images):
     tensor = script.to_input(images, CPU)
     assert tensor.shape == (2, 3, 32, 32) and tensor.dtype == torch.float32
