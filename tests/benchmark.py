@@ -128,10 +128,11 @@ class Original:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
 
     def open_data(self):
-        o = self.options
-        self.loaders = {name: torch.utils.data.DataLoader(
-            OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train"), o.batch_size,
-            shuffle=name == "train", num_workers=o.workers) for name, count in (("train", o.images), ("valid", o.valid))}
+        o, self.loaders = self.options, {}
+        for name, count in (("train", o.images), ("valid", o.valid)):
+            dataset = OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train")
+            self.loaders[name] = torch.utils.data.DataLoader(dataset, o.batch_size, shuffle=name == "train",
+                                                             num_workers=o.workers)
 
     def train_loader(self, epoch):
         return self.loaders["train"]
@@ -351,7 +352,8 @@ def measure_step(version, options, device):
     rate = statistics.median(rates)
     achieved, possible = rate / len(images) * flops, matrix_rate(version.precision, device)
     return {"parameters, million": sum(p.numel() for p in version.model.parameters()) / 1e6,
-            "images/s, step alone": rate, "peak memory of the step, MB": memory.megabytes, "GFLOP per image and step": flops / len(images) / 1e9,
+            "images/s, step alone": rate, "peak memory of the step, MB": memory.megabytes,
+            "GFLOP per image and step": flops / len(images) / 1e9,
             "GFLOP/s of the step": achieved / 1e9, "GFLOP/s of a matrix product": possible / 1e9,
             "share of the matrix product, %": 100 * achieved / possible}
 
@@ -475,7 +477,8 @@ def main(argv=None):
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "version", "seed", "json")}
     report = {"device": name, "settings": settings, "versions": script.versions(), "results": results}
     print(f"\n{name}, PyTorch {torch.__version__}, {options.img_size} px, batch {options.batch_size}, "
-          f"{options.images} training and {options.valid} validation images, {options.epochs} epochs, {options.repeats} repeats\n")
+          f"{options.images} training and {options.valid} validation images, {options.epochs} epochs, "
+          f"{options.repeats} repeats\n")
     print(table(results) + "\n")
     print(json.dumps(report))
     if options.json:
