@@ -102,9 +102,9 @@ def test_killed_around_every_rename_the_state_is_never_lost():
 
 def test_killed_around_every_rename_the_best_model_loads():
     seen = crashed_run()[1]
-    allowed = seen[0]  # before the very first best model there is none
-    assert allowed[3] == "there is none"
-    assert [crash for crash in seen[1:] if crash[3]] == []
+    first = next(number for number, crash in enumerate(seen) if crash[3] != "there is none")
+    assert first <= 1  # before the very first best model there is none
+    assert [crash for crash in seen[first:] if crash[3]] == []
 
 
 def test_killed_around_every_rename_the_result_is_the_same(tmp_path):
@@ -164,7 +164,7 @@ def test_every_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    script.write_text(tmp_path / "a.txt", "text")
+    script.write_file(tmp_path / "a.txt", b"text")
     script.save_tensors(tmp_path / "a.pth", {"a": torch.ones(2)})
     script.write_image(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
     script.write_table(tmp_path / "a.csv", [{"a": 1}])
@@ -365,7 +365,7 @@ def test_files_that_do_not_belong_together_are_recognised(tmp_path, capfd):
     assert script.read_record(folder / BEST)[1] == ""
     record = json.loads((folder / JSON).read_text())
     (folder / JSON).unlink()
-    (folder / JSON).write_text(json.dumps(record | {"sha256": "0" * 64, "encoder": "resnet50"}))
+    (folder / JSON).write_text(json.dumps(record | {name: "0" * 64 for name in record if "sha256" in name} | {"encoder": "resnet50"}))
     values, problem = script.read_record(folder / BEST)
     assert values == {} and "does not belong" in problem
     with contextlib.suppress(script.TrainerError):
