@@ -26,7 +26,7 @@ SERVER.set_forkserver_preload(["brain_tumor_integrated_smp"])
 # Pictures cost more time than an epoch here, and say nothing about what these tests ask.
 NO_PICTURES = """
 for name in ("plot_samples", "plot_history", "plot_predictions"):
-    setattr(script, name, lambda path, *_: script.write_text(path, "a picture"))
+    setattr(script, name, lambda path, *_: script.write_file(path, b"a picture"))
 """
 TIMING = ("images_per_second", "seconds")  # columns of the history that differ between equal runs
 

@@ -164,7 +164,7 @@ def test_every_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    script.write_text(tmp_path / "a.txt", "text")
+    script.write_file(tmp_path / "a.txt", b"text")
     script.save_tensors(tmp_path / "a.pth", {"a": torch.ones(2)})
     script.write_image(tmp_path / "a.png", np.zeros((4, 4), np.uint8))
     script.write_table(tmp_path / "a.csv", [{"a": 1}])
