@@ -380,6 +380,23 @@ class Split:
     reports: list[dict] = field(default_factory=list)  # of scan(), one for each record
 
 
+def unpack_runs(counts: str) -> list[int]:
+    """Run lengths from the text of a compressed COCO RLE: 5 bits a letter, from the fourth run on as differences."""
+    runs, value, shift = [], 0, 0
+    for letter in counts:
+        code = ord(letter) - 48
+        if not 0 <= code < 64:
+            raise ValueError("its RLE has letters that do not belong there")
+        value, shift = value | (code & 31) << shift, shift + 5
+        if code < 32:  # the last letter of a number, with its sign in bit 4
+            value -= (code & 16) << shift - 4
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("its RLE is cut short")
+    return runs
+
+
 def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | None, list[str]]:
     """Rasterise one COCO segmentation with pycocotools.
 
@@ -391,25 +408,22 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
         counts = segmentation.get("counts")
         if segmentation.get("size") != [height, width]:
             raise ValueError(f"its RLE has the size {segmentation.get('size')}, its image {[height, width]}")
-        if isinstance(counts, list):
-            if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
-                raise ValueError("its RLE counts do not add up to height times width")
-            return coco_mask.frPyObjects(segmentation, height, width), []
-        if not isinstance(counts, str):
-            raise ValueError("its RLE has no counts")
-        rle = {"size": [height, width], "counts": counts.encode("ascii", "replace")}
-        coco_mask.decode(rle)  # raises ValueError when the counts are damaged
-        return rle, []
+        runs = unpack_runs(counts) if isinstance(counts, str) else counts
+        # pycocotools fills up what is cut short and reads on behind its end: it must be given whole masks only.
+        if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
+            raise ValueError("the counts of its RLE do not add up to height times width")
+        return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width), []
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("it has no segmentation, only a box perhaps: export the data as 'COCO Segmentation'")
     polygons, remarks = [], []
     for polygon in segmentation:
         try:
-            xy = np.asarray(polygon, np.float64).reshape(-1, 2)
+            xy = np.asarray(polygon, np.float64)
+            xy = xy.reshape(-1, 2) if xy.ndim < 2 else xy.reshape(len(xy), 2)
         except (ValueError, TypeError):
-            raise ValueError("a polygon is not a flat list of x, y pairs") from None
-        if np.ndim(polygon) != 1 or not np.isfinite(xy).all():
-            raise ValueError("a polygon is not a flat list of finite x, y pairs")
+            raise ValueError("a polygon is not a list of x, y pairs") from None
+        if not np.isfinite(xy).all():
+            raise ValueError("a polygon has coordinates that are not finite")
         if len(xy) < 3:
             remarks.append("polygon with fewer than three points (ignored)")
             continue
@@ -432,8 +446,8 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     split_dir = Path(split_dir)
     json_path = split_dir / ANNOTATION_FILE
     if not json_path.is_file():
-        missing = json_path if split_dir.is_dir() else split_dir
-        raise TrainerError(f"not found: {missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
+        missing = f"file not found: {json_path}" if split_dir.is_dir() else f"folder not found: {split_dir}"
+        raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
                            f"valid/, each with its images and one {ANNOTATION_FILE}, as a 'COCO Segmentation' export")
     try:
         coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
@@ -458,17 +472,17 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
         if entry.get("id") is None or not isinstance(name, str) or not name:
             problems.append(f"image entry {number} has no id or no file_name")
-        elif os.path.isabs(inside) or inside.startswith("..") or inside[1:2] == ":" or "\0" in inside:
+        elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
             problems.append(f"image id {key}: the file name {name!r} points outside its folder")
         elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
             problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
                             f"{LARGEST_SIDE} (pixels)")
         elif key in records:
-            problems.append(f"image id {key} is used {listed_ids[key]} times, also for {name}")
+            problems.append(f"image id {key} is used twice: {records[key].file_name} and {name}")
         else:
             records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
     paths = Counter(os.path.normcase(record.path) for record in records.values())
-    problems += [f"{Path(path).name} is listed {uses} times; keep one" for path, uses in paths.items() if uses > 1]
+    problems += [f"{Path(path).name} is listed as two images" for path, uses in paths.items() if uses > 1]
     for entry in coco["annotations"]:
         label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
         if str(entry.get("image_id")) not in listed_ids:
@@ -505,8 +519,10 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
     """
     try:
         data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
-    except OSError as error:
-        raise TrainerError(f"{path}: {'the file is missing' if not Path(path).exists() else error}") from None
+    except FileNotFoundError:
+        raise TrainerError(f"{path}: the file is missing") from None
+    except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
+        raise TrainerError(f"{path}: {error}") from None
     flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
     with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
         image = cv2.imdecode(data, flags) if data.size else None
@@ -659,7 +675,7 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
         for name, split in splits.items():
             if not split.records or name == "train" and not any(report["share"] for report in split.reports):
                 missing = "tumour pixel" if split.records else "readable image"
-                raise TrainerError(f"{folder[name]} has no {missing} at all; check its annotations (and CATEGORIES)")
+                raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
         return splits, cache
     except BaseException:
         pool.shutdown(cancel_futures=True)
@@ -676,11 +692,11 @@ def print_audit(splits: dict[str, Split], img_size: int) -> None:
         columns.append({
             "Data": name, "images": len(split.records), "unreadable images": split.skipped,
             "annotations": split.annotations,
-            "images without tumour": sum(not report["share"] for report in split.reports),
-            "images with several tumours": sum(len(record.rles) > 1 for record in split.records),
-            "smallest tumour area, % of image": f"{min(shares):.3f}",
-            "median tumour area, % of image": f"{np.median(shares):.3f}",
-            "largest tumour area, % of image": f"{max(shares):.3f}",
+            "without tumour": sum(not report["share"] for report in split.reports),
+            "several tumours": sum(len(record.rles) > 1 for record in split.records),
+            "smallest tumour, % of image": f"{min(shares):.3f}",
+            "median tumour, % of image": f"{np.median(shares):.3f}",
+            "largest tumour, % of image": f"{max(shares):.3f}",
             "files that the JSON does not name": split.unnamed})
         remarks += [f"{name}/{remark}" for remark in split.remarks]
         for record, report in zip(split.records, split.reports):
@@ -688,13 +704,13 @@ def print_audit(splits: dict[str, Split], img_size: int) -> None:
             if report["vanishes"]:
                 remarks.append(f"{label}: the tumour disappears at IMG_SIZE {img_size}")
             if report["differs"]:
-                remarks.append(f"{label}: the file is not {record.width}x{record.height} pixels, as the JSON says "
+                remarks.append(f"{label}: the JSON says {record.width}x{record.height} pixels, the file differs "
                                "(the mask is stretched with the image)")
             split_of_first, first = seen.setdefault(report["digest"], (name, label))
             if first != label:
-                leak = "" if split_of_first == name else " in another split: scores will be too good"
-                remarks.append(f"{label}: same picture as {first}{leak}")
-    say("\n" + "\n".join(row.ljust(36) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
+                leak = " (the same picture in two splits makes scores too good)" if split_of_first != name else ""
+                remarks.insert(0 if leak else len(remarks), f"{label}: same picture as {first}{leak}")
+    say("\n" + "\n".join(row.ljust(35) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
     say(f"\nWorth a look, {len(remarks)} remark(s):{listed(remarks)}\n" if remarks else "")
 
 

@@ -67,6 +67,21 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """One real run on the sample data beside the script: (output folder, finished process). About a minute.
+
+    ResNet34, so that the loading recipe of the README fits; small squares and a large learning rate, so that a few
+    epochs are enough.
+    """
+    out = tmp_path_factory.mktemp("trained") / "结果"
+    done = run_script("--img-size", 64, "--batch-size", 8, "--epochs", 10, "--lr", 1e-3, "--num-workers", 2,
+                      "--encoder-weights", "none", "--device", "cpu", "--precision", "float32", "--output-dir", out,
+                      env={"PYTHONWARNDEFAULTENCODING": "1"})
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
 def run_script(*arguments, env=None, **options):
     """Run the script as a user does; returns the finished process with text output."""
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, encoding="utf-8",
