@@ -779,7 +779,7 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         if self.cache is None:
             return load_sample(self.records[index], self.img_size)[:2]
         pixels = self.cache.array[self.records[index].slot]
-        return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+        return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3)  # copies, and fast ones
 
     def __getitem__(self, key: int | tuple[int, int]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -811,15 +811,14 @@ class EvenBatches(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches
+        return self.batches if self.rank < self.count else 0  # validation may have fewer images than processes
 
     def __iter__(self):
         order = np.arange(self.count)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        for batch in np.array_split(order, self.batches):
-            if len(part := np.array_split(batch, self.world)[self.rank]):  # none: fewer images than processes
-                yield [(self.epoch, int(index)) for index in part]
+        for batch in np.array_split(order, self.batches)[:len(self)]:
+            yield [(self.epoch, int(index)) for index in np.array_split(batch, self.world)[self.rank]]
 
 
 def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
@@ -1044,8 +1043,8 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.float16
     # Where the processor has no bfloat16 arithmetic, autocast is slower than float32.
-    native = [name for name, has in torch.cpu.get_capabilities().items() if has and name.endswith("bf16")]
-    return torch.bfloat16 if native else torch.float32
+    native = any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    return torch.bfloat16 if native and device.type == "cpu" else torch.float32
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -349,7 +349,6 @@ def test_a_run_goes_on_with_another_number_of_processes(whole_run):
     plain.load_state_dict(state["model"])
 
 
-@pytest.mark.xfail(strict=True, reason="the other processes do not wait until the first one has written the best model")
 def test_all_processes_evaluate_the_model_that_was_written_last(tmp_path):
     """On a slow disk, too."""
     write_data(tmp_path / "data", train=4, valid=2, test=2)
@@ -357,7 +356,6 @@ def test_all_processes_evaluate_the_model_that_was_written_last(tmp_path):
     assert code == 0, output
 
 
-@pytest.mark.xfail(strict=True, reason="a process without any image of a batch gets an empty list to stack")
 def test_fewer_validation_images_than_processes(tmp_path):
     write_data(tmp_path / "data", train=4, valid=1, test=1)
     code, output = finish(start(SCRIPT, *run_arguments(tmp_path)))
