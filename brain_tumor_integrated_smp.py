@@ -1719,8 +1719,8 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
                 write_history(output, run.history)
             if run.epoch >= cfg.EPOCHS:
                 say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
-            elif state["settings"]["EPOCHS"] < cfg.EPOCHS:
-                run.waited = 0  # more epochs are asked for: also after an early stop
+            elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
+                run.waited = 0  # it had stopped early, and more epochs are asked for
         elif rank() == 0:
             plot_samples(output / f"training_samples{'_new' if keep else ''}.png", loaders["train"].dataset)
         first_epoch, start = run.epoch, time.perf_counter()
