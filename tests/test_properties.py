@@ -132,12 +132,12 @@ def damaged_coco(draw):
 def test_any_coco_file_is_read_or_refused(tmp_path, coco):
     (tmp_path / script.ANNOTATION_FILE).write_text(json.dumps(coco), encoding="utf-8")
     try:
-        records, facts = script.read_coco(tmp_path)
+        split = script.read_coco(tmp_path)
     except script.TrainerError as error:
         assert script.ANNOTATION_FILE in str(error) and error.exit_code == 2
         return
-    assert len(records) == len(coco["images"]) and facts["annotations"] == len(coco["annotations"])
-    for record in records:
+    assert len(split.records) == len(coco["images"]) and split.annotations == len(coco["annotations"])
+    for record in split.records:
         mask = record.mask()
         assert mask.shape == (record.height, record.width) and set(np.unique(mask)) <= {0, 1}
 
