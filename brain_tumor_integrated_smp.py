@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
@@ -110,19 +111,23 @@ CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1
 MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0.0,
            "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
 RULES = {  # what else a setting must satisfy, in words and as a test
-    "IMG_SIZE": ("a multiple of 32", lambda v: v % 32 == 0),
+    "IMG_SIZE": ("a multiple of 32, at most 4096", lambda v: v % 32 == 0 and v <= 4096),
     "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
     "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
     "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
-    "ENCODER": ("an encoder of segmentation_models_pytorch", lambda v: v in smp.encoders.get_encoder_names()),
-    "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
-    "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
+    "ENCODER": ("an encoder of segmentation_models_pytorch",
+                lambda v: v in smp.encoders.get_encoder_names() or v.startswith("tu-")),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
     "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
     "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU (README.md, 'GPU'; --device cpu always works)",
                lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()),
     "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
+}
+
+STARTING_RULES = {  # what a new run needs besides
+    "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
+    "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
 }
 
 # A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
@@ -190,16 +195,17 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     for name in ("CATEGORIES", "MEAN", "STD"):
         setattr(cfg, name, tuple(getattr(cfg, name)))
     mode = argparse.Namespace(**given)
-    check_settings(cfg, needs_data=not mode.predict)
+    check_settings(cfg, mode)
     return cfg, mode
 
 
-def check_settings(cfg: Settings, needs_data: bool = True) -> None:
+def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
     limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
                      lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
               for name, least in MINIMUM.items()}
-    for name, (legal, holds) in [*limits.items(), *RULES.items()]:
+    starting = {} if mode.resume or mode.audit or mode.evaluate or mode.predict else STARTING_RULES
+    for name, (legal, holds) in [*limits.items(), *RULES.items(), *starting.items()]:
         try:
             good = holds(getattr(cfg, name))
         except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
@@ -208,7 +214,7 @@ def check_settings(cfg: Settings, needs_data: bool = True) -> None:
             raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
     if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
-    if needs_data and not Path(cfg.DATA_DIR or "").is_dir() or not cfg.DATA_DIR:
+    if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
         raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
                            "holds train/ and valid/")
     try:
@@ -271,6 +277,7 @@ class StopSignal:
     """Handler that remembers Ctrl-C and SIGTERM, for progress() to act on; a second signal ends at once."""
 
     signum = 0
+    go_on = ""  # the command that goes on with the run, once there is a state to go on from
 
     def __call__(self, signum, _frame):
         if self.signum:
@@ -322,6 +329,9 @@ def write_file(path: Path, write, required: bool = False) -> bool:
                                "or mend the folder, then go on with --resume.", 1) from error
         warn(f"cannot write {path}: {error} (going on without it)")
         return False
+    except BaseException:  # a second Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -831,11 +841,14 @@ def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_worker(_number: int) -> None:
-    """One thread per worker, and Ctrl-C is left to the main process, which ends its workers itself."""
+    """One thread per worker; it ends with the main process, also when that was killed, and leaves Ctrl-C to it."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A worker that waits at a full pipe would outlive a killed trainer for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch.utils.data.DataLoader:
@@ -843,7 +856,9 @@ def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch
     # Validation without decoding is a copy from the cache: not worth a process.
     workers = min(cfg.NUM_WORKERS, available_cores()) if train or dataset.cache is None else 0
     batches = EvenBatches(len(dataset), cfg.BATCH_SIZE * (1 if train else 2), train, cfg.SEED)
+    # Its own generator, because it would otherwise draw from that of the model's dropout whenever it starts workers.
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=stack,
+                                       generator=torch.Generator(),
                                        worker_init_fn=start_worker, persistent_workers=workers > 0)
 
 
@@ -1211,22 +1226,34 @@ RUN_FILES = (BEST, "unet_plusplus_best.json", LAST, "training_history.csv", "tra
 
 
 def to_cpu(value):
-    """A copy of nested dicts and lists with every tensor on the CPU and contiguous.
+    """A copy of nested dicts and lists with every tensor on the CPU, in the memory format it has.
 
+    A fused optimizer walks through weights and moments side by side: in different formats it would mix them up.
     Raises TrainerError if one of them holds NaN or infinity: such a state must never replace a good one.
     """
     if isinstance(value, torch.Tensor):
         if not torch.isfinite(value).all():
             raise TrainerError("the model holds numbers that are not finite, and was not saved; go on with --resume", 1)
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def write_record(checkpoint: Path, record: dict) -> None:
-    """Write the JSON beside a checkpoint, with the digest that ties the two together."""
-    record |= {"checkpoint": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+def digest_of(checkpoint: Path) -> str | None:
+    """SHA-256 of a file, None if there is none."""
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else None
+
+
+def write_record(checkpoint: Path, record: dict, content: bytes | None = None) -> None:
+    """Write the JSON beside a checkpoint, with the digest that ties the two together.
+
+    content: of a new checkpoint, which is written afterwards. Until then the JSON fits the one before, too: whenever
+    the run is killed, there is a pair.
+    """
+    before = digest_of(checkpoint)
+    record |= {"checkpoint": checkpoint.name, "sha256": hashlib.sha256(content).hexdigest() if content else before,
+               "sha256_before": before if content else None}
     content = json.dumps(record, indent=2, ensure_ascii=False)
     write_file(checkpoint.with_suffix(".json"), content.encode("utf-8"), required=True)
 
@@ -1236,7 +1263,7 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
     path = checkpoint.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+        if hashlib.sha256(checkpoint.read_bytes()).hexdigest() in (record["sha256"], record["sha256_before"]):
             return record, ""
         return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
@@ -1443,6 +1470,12 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
     plot_grid(path, rows, "Training images as the network sees them, tumour outlined in green")
 
 
+def write_history(output: Path, history: list[dict]) -> None:
+    """The table of all epochs, and its plot."""
+    write_table(output / "training_history.csv", history)
+    plot_history(output / "training_history.png", history)
+
+
 def plot_history(path: Path, history: list[dict]) -> None:
     """Losses, validation Dice and IoU, and learning rate over the epochs; the best epoch is marked."""
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
@@ -1553,10 +1586,12 @@ class Run:
     def save(self, output: Path, improved: bool, record: dict) -> None:
         """Write the best model before the last state: whenever the run is killed, resuming repeats what is missing."""
         if improved:
-            weights = to_cpu({name: value.float() if value.is_floating_point() else value
+            weights = to_cpu({name: (value.float() if value.is_floating_point() else value).contiguous()
                               for name, value in self.model.state_dict().items()})
-            write_file(output / BEST, lambda file: torch.save(weights, file), required=True)
-            write_record(output / BEST, record)
+            content = io.BytesIO()
+            torch.save(weights, content)
+            write_record(output / BEST, record, content.getvalue())
+            write_file(output / BEST, content.getvalue(), required=True)
         state = self.state()
         write_file(output / LAST, lambda file: torch.save(state, file), required=True)
 
@@ -1625,9 +1660,9 @@ def shared_data(cfg: Settings, names: list[str]):
             own[1].close()
 
 
-def keep_earlier_run(output: Path, folder: Path, names: tuple) -> None:
-    """Move those files of an earlier run that exist into a folder of their own."""
-    present = [name for name in names if (output / name).is_file()]
+def keep_earlier_run(output: Path, folder: Path) -> None:
+    """Move the files of an earlier run into a folder of their own."""
+    present = [name for name in RUN_FILES if (output / name).is_file()]
     if present:
         folder.mkdir(parents=True, exist_ok=True)
         for name in present:
@@ -1642,7 +1677,8 @@ def announce_earlier_run(output: Path, command: str) -> Path | None:
         return None
     stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(max(times.values())))
     keep = next(folder for number in itertools.count(1) if not (folder := output / f"{stamp}_{number}").exists())
-    say(f"{output} holds an earlier run. The new one will move its files to {keep.name} with its first checkpoint.")
+    say(f"{output} holds an earlier run. The new one will move its files to {keep.name} with its first checkpoint;\n"
+        "until then its own picture of the data is called training_samples_new.png.")
     if LAST in times:
         say(f"To go on with the earlier run instead, press Ctrl-C and run:\n  {command}")
     return keep
@@ -1678,18 +1714,20 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
                                    "skipped": split.skipped} for name, split in splits.items()}}
         if state:
             say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch}).")
+            STOP.go_on = command
+            if rank() == 0:  # the run may have been killed before it could
+                write_history(output, run.history)
             if run.epoch >= cfg.EPOCHS:
                 say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
-            elif state["settings"]["EPOCHS"] < cfg.EPOCHS:
-                run.waited = 0  # more epochs are asked for: also after an early stop
+            elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
+                run.waited = 0  # it had stopped early, and more epochs are asked for
         elif rank() == 0:
-            if keep:
-                keep_earlier_run(output, keep, ("training_samples.png",))
-            plot_samples(output / "training_samples.png", loaders["train"].dataset)
+            plot_samples(output / f"training_samples{'_new' if keep else ''}.png", loaders["train"].dataset)
         first_epoch, start = run.epoch, time.perf_counter()
         while run.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING):
             began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             loaders["train"].batch_sampler.set_epoch(run.epoch)
+            torch.manual_seed(int(np.random.default_rng([cfg.SEED, run.epoch]).integers(2**63)))  # for dropout
             stats = train_one_epoch(run.parallel, loaders["train"], criterion, run.optimizer, run.scaler, device,
                                     cfg=cfg, guard=run.guard, epoch=run.epoch)
             speed = len(splits["train"].records) / (time.perf_counter() - began)
@@ -1713,11 +1751,13 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
             run.history.append(row)
             if rank() == 0:
                 if keep:
-                    keep_earlier_run(output, keep, tuple(name for name in RUN_FILES if name != "training_samples.png"))
+                    keep_earlier_run(output, keep)
+                    plot_samples(output / "training_samples.png", loaders["train"].dataset)
+                    (output / "training_samples_new.png").unlink(missing_ok=True)
                 run.save(output, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
-                write_table(output / "training_history.csv", run.history)
-                plot_history(output / "training_history.png", run.history)
+                write_history(output, run.history)
             keep = good = None
+            STOP.go_on = command
             left = (time.perf_counter() - start) / (run.epoch - first_epoch) * (cfg.EPOCHS - run.epoch)
             say(f"epoch {run.epoch:>{len(str(cfg.EPOCHS))}}/{cfg.EPOCHS}  train loss {row['train_loss']:.4f}  "
                 f"valid loss {row['valid_loss']:.4f}  Dice {row['dice']:.4f}  IoU {row['iou']:.4f}  lr {lr:.1e}  "
@@ -1779,7 +1819,7 @@ def main(argv: list[str] | None = None) -> int:
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
     command, cfg, failure = resume_command(argv), None, None
-    STOP.signum = 0
+    STOP.signum, STOP.go_on = 0, ""
     handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         cfg, mode = read_settings(argv)
@@ -1792,8 +1832,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with "
-                                   f"fewer of them:\n  {command} --num-workers 0", 1)
-        elif isinstance(error, MemoryError) or "not enough memory" in str(error):
+                                   f"fewer of them:\n  {STOP.go_on or command.removesuffix(' --resume')} "
+                                   "--num-workers 0", 1)
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
             failure = TrainerError(f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more "
                                    f"ACCUMULATION_STEPS, or fewer NUM_WORKERS:\n  {command}", 1)
         elif not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
@@ -1804,8 +1845,8 @@ def main(argv: list[str] | None = None) -> int:
     if STOP.signum:
         code, STOP.signum = 128 + STOP.signum, 0
         say("\nStopped.")
-        if cfg and (Path(cfg.OUTPUT_DIR) / LAST).is_file() and not (mode.predict or mode.audit or mode.evaluate):
-            say(f"The last finished epoch is saved. To go on from there:\n  {command}")
+        if STOP.go_on:
+            say(f"The last finished epoch is saved. To go on from there:\n  {STOP.go_on}")
         return code
     if failure.exit_code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
         print(f"error: {failure}", file=sys.stderr, flush=True)

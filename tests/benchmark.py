@@ -195,8 +195,9 @@ class This:
         o, read_coco = self.options, script.read_coco
 
         def limited(folder, categories=()):
-            records, facts = read_coco(folder, categories)
-            return records[:o.images if Path(folder).name == "train" else o.valid], facts
+            split = read_coco(folder, categories)
+            split.records = split.records[:o.images if Path(folder).name == "train" else o.valid]
+            return split
 
         script.read_coco = limited
         try:
@@ -215,7 +216,7 @@ class This:
         return images, masks
 
     def train(self, batches, epoch=0):
-        return script.train_one_epoch(self.run.trained, batches, self.criterion, self.run.optimizer, self.run.scaler,
+        return script.train_one_epoch(self.run.parallel, batches, self.criterion, self.run.optimizer, self.run.scaler,
                                       self.device, cfg=self.cfg, guard=self.run.guard, epoch=epoch)
 
     def validate(self):
@@ -231,7 +232,7 @@ class Straightforward(This):
 
     def open_data(self):
         o = self.options
-        records = script.read_coco(Path(o.data) / "train")[0][:o.images]
+        records = script.read_coco(Path(o.data) / "train").records[:o.images]
         dataset = script.BrainTumorDataset(Path(o.data) / "train", o.img_size, train=True, records=records)
         self.loader = torch.utils.data.DataLoader(
             dataset, o.batch_size, shuffle=True, num_workers=o.workers, worker_init_fn=script.start_worker,
@@ -475,7 +476,7 @@ def main(argv=None):
     name = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else \
         f"CPU ({platform.processor() or platform.machine()}), {script.available_cores()} cores"
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "version", "seed", "json")}
-    report = {"device": name, "settings": settings, "versions": script.versions(), "results": results}
+    report = {"device": name, "settings": settings, "versions": {"torch": torch.__version__}, "results": results}
     print(f"\n{name}, PyTorch {torch.__version__}, {options.img_size} px, batch {options.batch_size}, "
           f"{options.images} training and {options.valid} validation images, {options.epochs} epochs, "
           f"{options.repeats} repeats\n")

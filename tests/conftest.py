@@ -10,6 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
+# One thread each for this process and those that it starts: on busy cores several threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "brain_tumor_integrated_smp.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -102,7 +102,7 @@ def test_the_json_is_the_record_of_the_run(record, out):
     assert settings["ENCODER_WEIGHTS"] is None and settings["OUTPUT_DIR"] == str(out)
     assert record["encoder_weights_from"] == "random" and record["device"] == "cpu"
     assert record["versions"]["torch"] == torch.__version__
-    for name in ("python", "torchvision", "segmentation_models_pytorch", "albumentations", "opencv", "numpy"):
+    for name in ("python", "torchvision", "segmentation_models_pytorch", "albumentations", "cv2", "numpy"):
         assert re.match(r"\d+\.\d+", record["versions"][name]), name
     counts = record["data_counts"]
     assert {name: counts[name]["images"] for name in counts} == {"train": 32, "valid": 8, "test": 8}

@@ -167,8 +167,8 @@ def test_constants_may_be_edited_the_way_people_do(tmp_path, old, new, words, na
 
 @pytest.mark.parametrize("words, named", [
     (["--imgsize", 64], "--imgsize"), (["--img", 64], "--img"), (["train"], "train"), (["--img-size"], "--img-size"),
-    (["--img-size", "large"], "--img-size.*large"), (["--img-size", "64.5"], "--img-size"),
-    (["--epochs", "1e2"], "--epochs"), (["--lr", "fast"], "--lr.*fast"), (["--mean", "a", "b", "c"], "--mean"),
+    (["--img-size", "large"], "--img-size.*large"), (["--img-size", "64.5"], "--img-size|IMG_SIZE"),
+    (["--epochs", "1e2"], "--epochs|EPOCHS"), (["--lr", "fast"], "--lr.*fast"), (["--mean", "a", "b", "c"], "--mean"),
     (["--img-size", 32], "IMG_SIZE.*32.*64"), (["--img-size", 100], "IMG_SIZE.*100.*32"),
     (["--img-size", 0], "IMG_SIZE"), (["--img-size", -64], "IMG_SIZE"),
     (["--batch-size", 0], "BATCH_SIZE"), (["--batch-size", -1], "BATCH_SIZE"), (["--epochs", 0], "EPOCHS"),

@@ -424,7 +424,8 @@ def parts_of(count, batch_size, world, shuffle=True, epoch=0):
     """The batches of every rank: [rank][batch] -> keys."""
     found = []
     for number in range(world):
-        with mock.patch.object(script, "rank", lambda: number), mock.patch.object(script, "world_size", lambda: world):
+        with (mock.patch.object(script, "rank", return_value=number),
+              mock.patch.object(script, "world_size", return_value=world)):
             sampler = script.EvenBatches(count, batch_size, shuffle, seed=5)
             sampler.set_epoch(epoch)
             found.append(list(sampler))

@@ -15,8 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from background import (Process, arguments, assert_same_run, copy_run, differences, read, run, scratch,
-                        table_rows, whole_run)
+from background import (
+    Process,
+    arguments,
+    assert_same_run,
+    copy_run,
+    differences,
+    read,
+    run,
+    scratch,
+    table_rows,
+    whole_run,
+)
 from conftest import SCRIPT, script
 
 BEST, LAST = script.BEST, script.LAST
