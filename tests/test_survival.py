@@ -205,6 +205,7 @@ def test_a_signal_ends_the_run_in_order(signum, group, tmp_path):
     assert leftovers(tmp_path) == [] and set(scratch().glob("brain_tumor_cache_*")) <= caches
     assert len(table_rows(tmp_path)) == 1 + read(tmp_path)["epoch"] and (tmp_path / "training_history.png").is_file()
     assert load_best(tmp_path) == ""
+    assert "stopping after this step" in process.text  # by the handler: nothing is interrupted in the middle
     assert command_in(process.text) == [sys.executable, str(SCRIPT), *arguments(tmp_path, "--epochs", 300), "--resume"]
 
 
