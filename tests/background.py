@@ -6,6 +6,7 @@ arguments of a command line, in a session of its own, its output in a log file.
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import shutil
@@ -43,7 +44,9 @@ def _child(argv, patch, log):
     import brain_tumor_integrated_smp as script
 
     exec(patch, {"script": script, "torch": torch, "os": os, "signal": signal, "time": time})
-    sys.exit(script.main(argv))
+    code = script.main(argv)
+    gc.collect()  # what an exception still holds, such as workers; a command's process ends them at its exit
+    sys.exit(code)
 
 
 class Process:
