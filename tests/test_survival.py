@@ -29,6 +29,9 @@ from background import (
 )
 from conftest import SCRIPT, script
 
+# Faults are injected into many runs, which takes long where cores are busy: `python -m pytest tests -m soak`.
+pytestmark = pytest.mark.soak
+
 BEST, LAST = script.BEST, script.LAST
 CPU = torch.device("cpu")
 
