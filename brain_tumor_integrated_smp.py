@@ -1263,7 +1263,7 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
     path = checkpoint.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if hashlib.sha256(checkpoint.read_bytes()).hexdigest() in (record["sha256"], record["sha256_before"]):
+        if hashlib.sha256(checkpoint.read_bytes()).hexdigest() in (record["sha256"], record.get("sha256_before")):
             return record, ""
         return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
