@@ -120,8 +120,10 @@ RULES = {  # what else a setting must satisfy, in words and as a test
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
     "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
-    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU (README.md, 'GPU'; --device cpu always works)",
-               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()),
+    "DEVICE": ("cpu (always works), or cuda or cuda:N if PyTorch sees that GPU, under torchrun one for each process "
+               "(README.md, 'GPU')",
+               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
+               >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
     "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
 }
 
@@ -140,7 +142,8 @@ class TrainerError(Exception):
     """Something the user can put right. main() prints the message, without a stack trace, and ends with exit_code."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        # A DataLoader raises what a worker raised with the worker's stack trace as message.
+        super().__init__(message.rpartition("TrainerError: ")[2].strip())
         self.exit_code = exit_code
 
 
@@ -255,7 +258,8 @@ def available_cores() -> int:
 def say(message: str = "", file=None) -> None:
     """Print once, whatever the number of processes, and at once, also into a file."""
     if rank() == 0:
-        print(message, file=file, flush=True)
+        with contextlib.suppress(OSError):  # a pipe that was closed or a full disk under a log must not end a run
+            print(message, file=file, flush=True)
 
 
 def warn(message: str) -> None:
@@ -353,7 +357,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-LARGEST_SIDE = 20_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
+LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
 FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
 SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
 
@@ -557,7 +561,7 @@ def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
-    return (resize(mask.astype(np.float32), height, width) >= 0.5).astype(np.uint8)
+    return (resize(255 * mask, height, width) >= 128).astype(np.uint8)  # in bytes: a float mask is four times as large
 
 
 def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1240,9 +1244,9 @@ def to_cpu(value):
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def digest_of(checkpoint: Path) -> str | None:
-    """SHA-256 of a file, None if there is none."""
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint.is_file() else None
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_record(checkpoint: Path, record: dict, content: bytes | None = None) -> None:
@@ -1251,7 +1255,7 @@ def write_record(checkpoint: Path, record: dict, content: bytes | None = None) -
     content: of a new checkpoint, which is written afterwards. Until then the JSON fits the one before, too: whenever
     the run is killed, there is a pair.
     """
-    before = digest_of(checkpoint)
+    before = digest_of(checkpoint) if checkpoint.is_file() else None
     record |= {"checkpoint": checkpoint.name, "sha256": hashlib.sha256(content).hexdigest() if content else before,
                "sha256_before": before if content else None}
     content = json.dumps(record, indent=2, ensure_ascii=False)
@@ -1263,7 +1267,7 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
     path = checkpoint.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if hashlib.sha256(checkpoint.read_bytes()).hexdigest() in (record["sha256"], record.get("sha256_before")):
+        if digest_of(checkpoint) in (record["sha256"], record.get("sha256_before")):
             return record, ""
         return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
@@ -1660,28 +1664,42 @@ def shared_data(cfg: Settings, names: list[str]):
             own[1].close()
 
 
-def keep_earlier_run(output: Path, folder: Path) -> None:
-    """Move the files of an earlier run into a folder of their own."""
-    present = [name for name in RUN_FILES if (output / name).is_file()]
-    if present:
-        folder.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def beside_earlier_run(output: Path, command: str):
+    """Announce an earlier run in the folder, with the command that goes on with it.
+
+    Yields the folder for what a new run writes before its first checkpoint is complete: one of its own, removed at the
+    end of the block, or output itself if there is no earlier run.
+    """
+    if not any((output / name).is_file() for name in RUN_FILES):
+        yield output
+        return
+    new = output / "new_run"
+    say(f"{output} holds an earlier run. With its first checkpoint the new one will move that into a folder\n"
+        f"earlier_run_...; until then the files of the new one are in {new.name}.")
+    if (output / LAST).is_file():
+        say(f"To go on with the earlier run instead, press Ctrl-C and run:\n  {command}")
+    try:
+        if rank() == 0:
+            new.mkdir(exist_ok=True)
+        yield new
+    finally:
+        if rank() == 0:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def replace_earlier_run(output: Path, new: Path) -> None:
+    """Move the files of the earlier run into a folder of their own, and those in new to where they were."""
+    if present := [name for name in RUN_FILES if (output / name).is_file()]:
+        changed = time.localtime(max((output / name).stat().st_mtime for name in present))
+        stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", changed)
+        folder = next(path for number in itertools.count(1) if not (path := output / f"{stamp}_{number}").exists())
+        folder.mkdir()
         for name in present:
             os.replace(output / name, folder / name)
         say(f"Kept from the earlier run, in {folder}: {', '.join(present)}")
-
-
-def announce_earlier_run(output: Path, command: str) -> Path | None:
-    """Say that there is an earlier run, and how to go on with it. Returns the folder that will keep it, or None."""
-    times = {name: (output / name).stat().st_mtime for name in RUN_FILES if (output / name).is_file()}
-    if not times:
-        return None
-    stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(max(times.values())))
-    keep = next(folder for number in itertools.count(1) if not (folder := output / f"{stamp}_{number}").exists())
-    say(f"{output} holds an earlier run. The new one will move its files to {keep.name} with its first checkpoint;\n"
-        "until then its own picture of the data is called training_samples_new.png.")
-    if LAST in times:
-        say(f"To go on with the earlier run instead, press Ctrl-C and run:\n  {command}")
-    return keep
+    for path in new.iterdir():
+        os.replace(path, output / path.name)
 
 
 def train(cfg: Settings, resume: bool, command: str) -> None:
@@ -1692,9 +1710,9 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
     torch.set_float32_matmul_precision("highest" if cfg.DETERMINISTIC else "high")  # TF32 for what stays float32
     describe_machine(cfg, device)
     state = read_last(cfg) if resume else None
-    keep = None if resume else announce_earlier_run(output, command)
 
-    with shared_data(cfg, ["train", "valid", "test"]) as (splits, cache):
+    with contextlib.nullcontext(output) if resume else beside_earlier_run(output, command) as home, \
+            shared_data(cfg, ["train", "valid", "test"]) as (splits, cache):
         loaders = {}
         for name in ("train", "valid"):
             dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
@@ -1722,7 +1740,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
             elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
                 run.waited = 0  # it had stopped early, and more epochs are asked for
         elif rank() == 0:
-            plot_samples(output / f"training_samples{'_new' if keep else ''}.png", loaders["train"].dataset)
+            plot_samples(home / "training_samples.png", loaders["train"].dataset)
         first_epoch, start = run.epoch, time.perf_counter()
         while run.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING):
             began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
@@ -1750,13 +1768,11 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
                    "seconds": round(time.perf_counter() - began, 2)}
             run.history.append(row)
             if rank() == 0:
-                if keep:
-                    keep_earlier_run(output, keep)
-                    plot_samples(output / "training_samples.png", loaders["train"].dataset)
-                    (output / "training_samples_new.png").unlink(missing_ok=True)
-                run.save(output, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
+                run.save(home, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
+                if home != output:
+                    replace_earlier_run(output, home)
                 write_history(output, run.history)
-            keep = good = None
+            home, good = output, None
             STOP.go_on = command
             left = (time.perf_counter() - start) / (run.epoch - first_epoch) * (cfg.EPOCHS - run.epoch)
             say(f"epoch {run.epoch:>{len(str(cfg.EPOCHS))}}/{cfg.EPOCHS}  train loss {row['train_loss']:.4f}  "
@@ -1818,25 +1834,26 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
-    command, cfg, failure = resume_command(argv), None, None
+    command, failure = resume_command(argv), None
     STOP.signum, STOP.go_on = 0, ""
     handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        cfg, mode = read_settings(argv)
-        run_mode(cfg, mode, command)
+        run_mode(*read_settings(argv), command)
         return 0
     except (Interrupted, KeyboardInterrupt):
         STOP.signum = STOP.signum or signal.SIGINT
     except TrainerError as error:
-        failure = error
-    except (RuntimeError, MemoryError) as error:
+        failure = error.exit_code, str(error)  # not the exception: its frames would keep workers and memory
+    except (OSError, RuntimeError, MemoryError) as error:
+        again = STOP.go_on or command.removesuffix(" --resume")
         if "DataLoader worker" in str(error):
-            failure = TrainerError("a process that prepares images died, usually because memory ran out; go on with "
-                                   f"fewer of them:\n  {STOP.go_on or command.removesuffix(' --resume')} "
-                                   "--num-workers 0", 1)
+            failure = 1, ("a process that prepares images died, usually because memory ran out; go on with fewer of "
+                          f"them:\n  {again} --num-workers 0")
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-            failure = TrainerError(f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more "
-                                   f"ACCUMULATION_STEPS, or fewer NUM_WORKERS:\n  {command}", 1)
+            failure = 1, (f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more ACCUMULATION_STEPS, or "
+                          f"fewer NUM_WORKERS:\n  {again}")
+        elif isinstance(error, OSError):
+            failure = 1, f"{error}\nWhen this is mended, go on with:\n  {again}"
         elif not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
             raise
     finally:
@@ -1848,9 +1865,10 @@ def main(argv: list[str] | None = None) -> int:
         if STOP.go_on:
             say(f"The last finished epoch is saved. To go on from there:\n  {STOP.go_on}")
         return code
-    if failure.exit_code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
-        print(f"error: {failure}", file=sys.stderr, flush=True)
-    return failure.exit_code
+    code, message = failure
+    if code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Two processes under torchrun (gloo, on the CPU) do what one process does; and an end of one is the end of both."""
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -232,8 +233,12 @@ def test_gradients_are_exchanged_once_per_step(numbers, case, steps):
 
 SPY = '''
 """The script, noting in $SPY which process decodes, opens a cache and writes; $SLOW delays the writing."""
-import os, sys, time
+import hashlib, os, sys, time
 import brain_tumor_integrated_smp as script
+
+def buffers(model):
+    """A digest of the running statistics."""
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.buffers())).hexdigest()
 
 def note(what):
     with open(os.environ["SPY"], "a") as file:
@@ -249,6 +254,7 @@ def spied(name, describe, wait=0):
 
 spied("read_image", lambda path, *_: f"read {path}")
 spied("print_audit", lambda *_: "audit")
+spied("validate", lambda model, *_: f"validate {buffers(model)}")
 spied("write_file", lambda path, *_: f"write {path}", float(os.environ.get("SLOW", 0)))
 class PixelCache(script.PixelCache):
     def __init__(self, *arguments):
@@ -319,17 +325,16 @@ def test_test_scores_equal_those_of_one_process(whole_run, tmp_path):
         assert found[split] == pytest.approx(expected[split], abs=1e-3)
 
 
-def test_the_validated_model_is_the_one_that_is_saved(whole_run, tmp_path):
+def test_all_processes_validate_the_model_that_is_saved(whole_run):
     """Each process has BatchNorm statistics of its own until they are shared before validation."""
-    root, _, _ = whole_run
-    expected = json.loads((root / "out" / "unet_plusplus_best.json").read_text())["valid_metrics_at_img_size"]
-    cfg = script.default_settings()
-    vars(cfg).update(DATA_DIR=str(root / "data"), CACHE_DIR=str(tmp_path), IMG_SIZE=64, BATCH_SIZE=4, DEVICE="cpu")
-    with script.shared_data(cfg, ["valid"]) as (splits, cache):
-        dataset = script.BrainTumorDataset("unused", 64, records=splits["valid"].records, cache=cache, normalize=False)
-        found = script.validate(script.load_model(root / "out" / script.BEST, "cpu"),
-                                script.make_loader(dataset, cfg, False), script.LOSSES["dice_bce"](), "cpu", cfg=cfg)
-    assert found == pytest.approx(expected, abs=2e-3)
+    root, _, notes = whole_run
+    validated = [line.split()[-1] for line in notes if " validate " in line]
+    assert len(validated) == 4 and len(set(validated)) == 2  # two processes, two epochs
+    plain = smp.UnetPlusPlus("resnet18", encoder_weights=None, classes=1)
+    plain.load_state_dict(torch.load(root / "out" / script.LAST, weights_only=True)["model"])
+    space = {"__name__": "spy"}
+    exec(SPY[SPY.index("def buffers"):SPY.index("def note")], {"hashlib": hashlib}, space)
+    assert validated[-1] == space["buffers"](plain)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(whole_run):
@@ -362,6 +367,14 @@ def test_fewer_validation_images_than_processes(tmp_path):
 
 
 # --- ends ---
+
+
+def test_fewer_training_images_than_processes_end_all_with_one_message(tmp_path):
+    write_data(tmp_path / "data", train=1, valid=1, test=0)
+    code, output = finish(start(SCRIPT, *run_arguments(tmp_path)))
+    assert code != 0
+    assert output.count("error: there are fewer training images than processes") == 1
+    assert "brain_tumor_integrated_smp.py\", line" not in output
 
 
 def test_bad_data_end_all_processes_with_one_message(tmp_path):

@@ -325,13 +325,15 @@ script.train_one_epoch = train_one_epoch
 """
     code, text = run(arguments(finished, "--seed", 5), patch)
     assert code == (-9 if "KILL" in end else 130), text
-    assert {name: earlier[name] for name in (LAST, BEST)} == {name: contents(finished)[name] for name in (LAST, BEST)}
-    assert set(earlier.values()) <= set(contents(finished).values())  # nothing is lost
-    # Kept together: whatever belongs to the earlier run still lies in one folder.
-    homes = [{path.parent for path in finished.rglob(name)} for name in earlier]
-    assert any(all(folder in home for home in homes) for folder in {finished, *finished.glob("earlier_run_*")}), homes
-    code, text = run(arguments(finished, "--resume"))
-    assert code == 0 and "All 4 epochs" in text
+    left = contents(finished)
+    if code == 130:
+        assert left == earlier
+    else:
+        assert left.pop("new_run/training_samples.png") and left == earlier
+    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5))
+    assert code == 0, text
+    assert not (finished / "new_run").exists() and {path.name for path in finished.iterdir() if path.is_file()} == \
+        set(script.RUN_FILES)
 
 
 def test_ctrl_c_before_the_first_checkpoint_does_not_promise_to_go_on(finished):
@@ -363,6 +365,30 @@ os.replace = replace
     code, text = run(arguments(finished, "--epochs", 1, "--seed", 5))
     assert code == 0, text
     assert set(earlier.values()) <= set(contents(finished).values())
+
+
+def test_a_first_checkpoint_that_cannot_be_written_leaves_the_earlier_run_where_it_is(finished):
+    earlier = contents(finished)
+    code, text = run(arguments(finished, "--seed", 5), """
+def save(file, *_):
+    raise OSError(28, "No space left on device")
+script.torch.save = save
+""")
+    assert code == 1 and "cannot write" in text and "Traceback" not in text, text
+    assert contents(finished) == earlier
+
+
+def test_a_folder_for_the_earlier_run_that_cannot_be_made_gives_a_message(finished):
+    earlier = contents(finished)
+    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5), """
+def mkdir(self, *args, inner=script.Path.mkdir, **options):
+    if "earlier_run" in self.name:
+        raise PermissionError(13, "Permission denied", str(self))
+    return inner(self, *args, **options)
+script.Path.mkdir = mkdir
+""")
+    assert code == 1 and "error: " in text and "Permission denied" in text and "Traceback" not in text, text
+    assert contents(finished) == earlier
 
 
 def test_a_new_best_model_does_not_keep_the_scores_of_the_old_one(finished):

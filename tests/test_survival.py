@@ -27,10 +27,7 @@ from background import (
     table_rows,
     whole_run,
 )
-from conftest import SCRIPT, script
-
-# Faults are injected into many runs, which takes long where cores are busy: `python -m pytest tests -m soak`.
-pytestmark = pytest.mark.soak
+from conftest import SCRIPT, script, write_data
 
 BEST, LAST = script.BEST, script.LAST
 CPU = torch.device("cpu")
@@ -239,24 +236,16 @@ def hang(*_, **__):
 """
 
 
-def test_a_second_signal_ends_a_hanging_step(tmp_path):
-    process = Process(arguments(tmp_path), HANG + "script.clip = torch.nn.utils.clip_grad_norm_ = hang")
+@pytest.mark.parametrize("signum, place", [(signal.SIGINT, "torch.nn.utils.clip_grad_norm_"),
+                                           (signal.SIGTERM, "os.fsync")], ids=["in a step", "in a file"])
+def test_a_second_signal_ends_what_hangs(signum, place, tmp_path):
+    process = Process(arguments(tmp_path), HANG + f"{place} = hang")
     process.wait_for("hanging")
-    process.kill(signal.SIGINT)
+    process.kill(signum)
     process.wait_for("again: at once")
-    process.kill(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert "Traceback" not in process.text
-
-
-def test_a_second_signal_while_writing_leaves_no_temporary_file(tmp_path):
-    process = Process(arguments(tmp_path), HANG + "os.fsync = hang")
-    process.wait_for("hanging")
-    process.kill(signal.SIGTERM)
-    process.wait_for("again: at once")
-    process.kill(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert leftovers(tmp_path) == []
+    process.kill(signum)
+    assert process.wait(60) == 128 + signum
+    assert "Traceback" not in process.text and leftovers(tmp_path) == []
 
 
 def test_a_signal_while_images_are_read_ends_at_once(tmp_path):
@@ -338,15 +327,15 @@ if can_mount():  # without the right to mount, the limits above have to do
         assert "cannot write" in text and "Traceback" not in text
         assert leftovers(copy) == [] and load_best(copy) == "" and read(copy)["epoch"] >= 1
 
-    def test_a_full_disk_while_an_earlier_run_is_kept(tmp_path):
-        """Moving the earlier run needs no room; its files must all be there afterwards."""
+    def test_a_full_disk_leaves_an_earlier_run_where_it_is(tmp_path):
+        """It stays where it is, because the new one never has a complete checkpoint."""
         copy, out = tmp_path / "copy", tmp_path / "out"
         out.mkdir()
         code, text = in_namespace(f"mount -t tmpfs -o size=125m tmpfs {out} && cp -a {whole_run()}/. {out}",
                                   arguments(out, "--seed", 5), f"cp -a {out} {copy}")
         assert code == 1 and "Traceback" not in text, text
-        kept = [path.read_bytes() for path in copy.rglob("*") if path.is_file()]
-        assert all(path.read_bytes() in kept for path in whole_run().iterdir() if path.is_file())
+        assert {path.name: path.read_bytes() for path in copy.iterdir()} == \
+            {path.name: path.read_bytes() for path in whole_run().iterdir()}
 
     def test_a_read_only_output_folder_is_refused_at_the_start(tmp_path):
         out = copy_run(whole_run(), tmp_path / "out")
@@ -375,6 +364,35 @@ def test_a_table_or_picture_that_cannot_be_written_only_warns(name, tmp_path):
     assert code == 0, text
     assert f"cannot write {tmp_path / name}" in text and "Traceback" not in text
     assert load_best(tmp_path) == ""
+
+
+@pytest.mark.parametrize("stream", ["open('/dev/full', 'w')", "broken_pipe()"])
+def test_output_that_cannot_be_printed_does_not_end_a_run(stream, tmp_path):
+    """A log on a full disk; `... | head`."""
+    patch = f"""
+import sys
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+sys.stdout = sys.stderr = {stream}
+"""
+    run(arguments(tmp_path), patch)  # the exit code may tell of what stays unprinted at the end
+    assert_same_run(tmp_path, whole_run())
+
+
+def test_an_image_that_vanishes_during_the_run_is_named(tmp_path):
+    patch = """
+def train_one_epoch(*args, inner=script.train_one_epoch, **options):
+    (script.Path(DATA) / "train" / "slice_3.png").unlink()
+    return inner(*args, **options)
+script.train_one_epoch = train_one_epoch
+""".replace("DATA", repr(str(tmp_path / "data")))
+    data = write_data(tmp_path / "data", 8, 3, 2, size=64)
+    code, text = run(arguments(tmp_path / "out", "--cache-gb", 0, data=data), patch)
+    assert code == 2, text
+    end = text[text.index("error: "):].strip()
+    assert end == f"error: {data / 'train' / 'slice_3.png'}: the file is missing"
 
 
 def test_files_that_do_not_belong_together_are_recognised(tmp_path, capfd):
@@ -745,6 +763,7 @@ def fail(*_, **__):
 """
     code, text = run(arguments(tmp_path), patch)
     assert code == 1 and "memory" in text and "Traceback" not in text, text
+    assert command_in(text) == [sys.executable, str(SCRIPT), *arguments(tmp_path)]  # there is nothing to resume
 
 
 # --- workers
