@@ -6,7 +6,6 @@ arguments of a command line, in a session of its own, its output in a log file.
 
 import atexit
 import functools
-import gc
 import multiprocessing
 import os
 import shutil
@@ -44,9 +43,7 @@ def _child(argv, patch, log):
     import brain_tumor_integrated_smp as script
 
     exec(patch, {"script": script, "torch": torch, "os": os, "signal": signal, "time": time})
-    code = script.main(argv)
-    gc.collect()  # what an exception still holds, such as workers; a command's process ends them at its exit
-    sys.exit(code)
+    sys.exit(script.main(argv))
 
 
 class Process:

@@ -182,8 +182,7 @@ class This:
                               ENCODER_WEIGHTS=None, COMPILE=options.compile)
         self.options, self.device, self.cache = options, device, None
         self.precision = str(script.amp_dtype(self.cfg.PRECISION, device)).removeprefix("torch.")
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        script.set_up_machine(self.cfg, device)
 
     def build(self):
         self.run = script.Run(self.cfg, self.device, "", None)

@@ -551,33 +551,50 @@ def test_the_watch_notices_such_calls(monkeypatch, cfg, read):
         watched_epoch(monkeypatch, cfg, criterion, False)
 
 
+def set_processor(monkeypatch, **capabilities):
+    """As if the CPU had these."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    script.memory_format.cache_clear()
+
+
+@pytest.fixture(params=[({"avx2": True}, torch.contiguous_format),
+                        ({"avx2": True, "avx512_f": True}, torch.channels_last),
+                        ({"neon": True}, torch.channels_last)], ids=["AVX2", "AVX-512", "ARM"])
+def layout(request, monkeypatch):
+    """A kind of CPU, as the memory format for it."""
+    set_processor(monkeypatch, **request.param[0])
+    yield request.param[1]
+    script.memory_format.cache_clear()
+
+
+def test_the_memory_format_follows_the_processor(layout):
+    assert script.memory_format(CPU) == layout
+    assert script.memory_format(torch.device("cuda")) == torch.channels_last
+
+
 @pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3), np.uint8), torch.zeros(2, 3, 32, 32)],
                          ids=["uint8", "float32"])
-def test_the_network_sees_channels_last(images):
+def test_the_network_sees_its_memory_format(images, layout):
     tensor = script.to_input(images, CPU)
     assert tensor.shape == (2, 3, 32, 32) and tensor.dtype == torch.float32
-    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert tensor.is_contiguous(memory_format=layout)
 
 
-def is_channels_last(model):
-    return all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
-
-
-def test_a_run_has_channels_last_weights_and_a_fused_adamw_also_after_resuming(cfg):
+def test_a_run_has_a_fused_adamw_and_its_memory_format_also_after_resuming(cfg, layout):
     run = script.Run(cfg, CPU, "data", None)
     again = script.Run(cfg, CPU, "data", run.state())
     for each in (run, again):
-        assert is_channels_last(each.model)
+        assert all(p.is_contiguous(memory_format=layout) for p in each.model.parameters() if p.ndim == 4)
         assert type(each.optimizer) is torch.optim.AdamW and each.optimizer.defaults["fused"] is True
         assert all(group["fused"] for group in each.optimizer.param_groups)
 
 
-def test_activations_stay_channels_last_through_the_whole_network(cfg):
-    """One layer that returns a contiguous tensor would cost a copy in each direction."""
+def test_activations_keep_the_memory_format_through_the_whole_network(cfg, layout):
+    """One layer that returns another format would cost a copy in each direction."""
     model, bad = script.Run(cfg, CPU, "data", None).model, []
 
     def look(module, inputs, _output, name):
-        if not inputs[0].is_contiguous(memory_format=torch.channels_last):
+        if not inputs[0].is_contiguous(memory_format=layout):
             bad.append(name)
 
     for name, module in model.named_modules():
@@ -585,6 +602,30 @@ def test_activations_stay_channels_last_through_the_whole_network(cfg):
             module.register_forward_hook(functools.partial(look, name=name))
     model(script.to_input(np.zeros((2, 64, 64, 3), np.uint8), CPU))
     assert not bad
+
+
+def test_a_state_goes_on_in_another_memory_format(cfg, monkeypatch):
+    """Saved on a GPU or a CPU with AVX-512, resumed on one without: the fused optimizer must not mix up its moments."""
+    def step(run):
+        script.train_one_epoch(run.model, tiny_batches(), script.LOSSES["dice_bce"](), run.optimizer, run.scaler, CPU,
+                               cfg=cfg)
+        return torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+
+    cfg.LR = 1e-3
+    set_processor(monkeypatch, avx512_f=True)
+    run = script.Run(cfg, CPU, "data", None)
+    before = step(run)
+    state = run.state()
+    expected = step(run)
+    try:
+        set_processor(monkeypatch, avx2=True)
+        again = script.Run(cfg, CPU, "data", state)
+        for weight, moments in again.optimizer.state.items():
+            assert {moments[name].stride() for name in ("exp_avg", "exp_avg_sq")} == {weight.stride()}
+        found = step(again)
+    finally:
+        script.memory_format.cache_clear()
+    assert (found - expected).norm() < 0.02 * (expected - before).norm()  # float32 sums in another order
 
 
 def test_a_compiled_run_saves_what_a_plain_model_loads(data, tmp_path, monkeypatch):
