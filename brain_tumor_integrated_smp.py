@@ -122,8 +122,8 @@ RULES = {  # what else a setting must satisfy, in words and as a test
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
     "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
-    "DEVICE": ("cpu (always works), or cuda or cuda:N if PyTorch sees that GPU, under torchrun one for each process "
-               "(README.md, 'GPU')",
+    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun (README.md, "
+               "'GPU'; --device cpu always works)",
                lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
                >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
     "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
@@ -1242,8 +1242,9 @@ def validate(model: torch.nn.Module, loader, criterion: torch.nn.Module, device:
 # ===== Checkpoints ====================================================================================================
 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
-RUN_FILES = (BEST, "unet_plusplus_best.json", LAST, "training_history.csv", "training_history.png",
-             "training_samples.png", "test_metrics.csv", "test_predictions.png")
+NEW = "new_run"  # folder of a run without a complete checkpoint, as long as OUTPUT_DIR holds an earlier run
+FIRST_FILES = ("training_samples.png", BEST, "unet_plusplus_best.json", LAST)  # those of a first checkpoint
+RUN_FILES = ("training_history.csv", "training_history.png", "test_metrics.csv", "test_predictions.png", *FIRST_FILES)
 
 
 def to_cpu(value):
@@ -1707,7 +1708,7 @@ def beside_earlier_run(output: Path, command: str):
     if not any((output / name).is_file() for name in RUN_FILES):
         yield output
         return
-    new = output / "new_run"
+    new = output / NEW
     say(f"{output} holds an earlier run. With its first checkpoint the new one will move that into a folder\n"
         f"earlier_run_...; until then the files of the new one are in {new.name}.")
     if (output / LAST).is_file():
@@ -1717,22 +1718,30 @@ def beside_earlier_run(output: Path, command: str):
             new.mkdir(exist_ok=True)
         yield new
     finally:
-        if rank() == 0:
+        if rank() == 0 and not (new / LAST).is_file():
             shutil.rmtree(new, ignore_errors=True)
 
 
-def replace_earlier_run(output: Path, new: Path) -> None:
-    """Move the files of the earlier run into a folder of their own, and those in new to where they were."""
-    if present := [name for name in RUN_FILES if (output / name).is_file()]:
-        changed = time.localtime(max((output / name).stat().st_mtime for name in present))
-        stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", changed)
-        folder = next(path for number in itertools.count(1) if not (path := output / f"{stamp}_{number}").exists())
-        folder.mkdir()
-        for name in present:
+def replace_earlier_run(output: Path) -> None:
+    """Move the files of the earlier run into a folder of their own, and those of the new run to where they were.
+
+    Name by name, the state last, so that the next start can finish what a killed run has left half done.
+    """
+    earlier = [name for name in RUN_FILES if (output / name).is_file()
+               and ((output / NEW / name).is_file() or name not in FIRST_FILES)]  # otherwise it has been replaced already
+    if earlier:
+        last = output / earlier[-1]
+        stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(last.stat().st_mtime))
+        folders = (output / f"{stamp}_{number}" for number in itertools.count(1))
+        folder = next(path for path in folders if not (path / last.name).exists())
+        folder.mkdir(exist_ok=True)
+        say(f"The earlier run is kept in {folder}.")
+    for name in RUN_FILES:
+        if name in earlier:
             os.replace(output / name, folder / name)
-        say(f"Kept from the earlier run, in {folder}: {', '.join(present)}")
-    for path in new.iterdir():
-        os.replace(path, output / path.name)
+        if (output / NEW / name).is_file():
+            os.replace(output / NEW / name, output / name)
+    shutil.rmtree(output / NEW)
 
 
 def train(cfg: Settings, resume: bool, command: str) -> None:
@@ -1740,6 +1749,8 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
     device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
+    if rank() == 0 and (output / NEW / LAST).is_file():
+        replace_earlier_run(output)  # what a killed run had left to do
     state = read_last(cfg) if resume else None
 
     with contextlib.nullcontext(output) if resume else beside_earlier_run(output, command) as home, \
@@ -1801,7 +1812,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
             if rank() == 0:
                 run.save(home, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
                 if home != output:
-                    replace_earlier_run(output, home)
+                    replace_earlier_run(output)
                 write_history(output, run.history)
             home, good = output, None
             STOP.go_on = command

@@ -8,6 +8,7 @@ import atexit
 import functools
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from conftest import FAST, ROOT, SCRIPT, write_data
+from conftest import FAST, ROOT, SCRIPT, script, write_data
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which imports the script
 os.environ["OMP_NUM_THREADS"] = "1"  # these networks are too small to share between threads
@@ -28,6 +30,18 @@ NO_PICTURES = """
 for name in ("plot_samples", "plot_history", "plot_predictions"):
     setattr(script, name, lambda path, *_: script.write_file(path, b"a picture"))
 """
+
+# Validation Dice that grows with every step, so that each epoch is better than the one before.
+RISING = """
+def validate(model, *args, inner=script.validate, **options):
+    steps = next(value for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
+    return inner(model, *args, **options) | {"dice": int(steps) / 1000}
+script.validate = validate
+"""
+
+# Where the processor has no bfloat16 arithmetic, its convolutions take half as long in this format.
+BFLOAT16 = "script.memory_format = lambda device: torch.channels_last\n"
+
 TIMING = ("images_per_second", "seconds")  # columns of the history that differ between equal runs
 
 
@@ -40,8 +54,6 @@ def _child(argv, patch, log):
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
     sys.argv = [str(SCRIPT), *argv]
-    import brain_tumor_integrated_smp as script
-
     exec(patch, {"script": script, "torch": torch, "os": os, "signal": signal, "time": time})
     sys.exit(script.main(argv))
 
@@ -120,7 +132,7 @@ def whole_run(precision="float32"):
     """The output folder of 4 undisturbed epochs; not to be written into."""
     folder = scratch() / f"whole_{precision}"
     if not folder.exists():
-        code, text = run(arguments(folder, "--precision", precision))
+        code, text = run(arguments(folder, "--precision", precision), BFLOAT16 * (precision == "bfloat16"))
         assert code == 0, text
     return folder
 
@@ -164,3 +176,27 @@ def assert_same_run(folder, other):
     assert differences(read(folder, "unet_plusplus_best.pth"), read(other, "unet_plusplus_best.pth")) == []
     assert table_rows(folder) == table_rows(other)
     assert (folder / "test_metrics.csv").read_text() == (other / "test_metrics.csv").read_text()
+
+
+def command_in(text):
+    """The words of the command that a stopped run prints last."""
+    return shlex.split(text.strip().splitlines()[-1])
+
+
+def leftovers(folder):
+    """Temporary files in an output folder."""
+    return [path.name for path in Path(folder).rglob(".*.tmp")]
+
+
+def load_best(folder):
+    """The best checkpoint through load_model() and predict_mask(), or why it cannot be used."""
+    if not (folder / script.BEST).is_file():
+        return "there is none"
+    try:
+        record, problem = script.read_record(folder / script.BEST)
+        model = script.load_model(folder / script.BEST, "cpu")
+    except script.TrainerError as error:
+        return str(error)
+    finite = all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    mask = script.predict_mask(model, np.zeros((50, 70, 3), np.uint8))
+    return problem or ("" if finite and mask.shape == (50, 70) and record["encoder"] == "mobilenet_v2" else "wrong")

@@ -4,7 +4,7 @@
     python tests/benchmark.py --data FOLDER --device cpu --images 64 --valid 16 --epochs 2 --repeats 3
     python tests/benchmark.py --data FOLDER --only loader --images 512 --workers 2 --repeats 5
     python tests/benchmark.py --data FOLDER --only step --precision bfloat16
-    python tests/benchmark.py --data FOLDER --json result.json
+    python tests/benchmark.py --data FOLDER --only epoch --versions this --images 512 --img-size 64 --json result.json
 
 Every measurement runs in a process of its own, the versions take turns, and medians with the smallest and the largest
 value of all repeats are printed, as Markdown and as JSON. Compare numbers of one run only: machines have moods.
@@ -449,6 +449,7 @@ def parse(argv):
     parser.add_argument("--precision", default="auto", help="of this version; the original is float32")
     parser.add_argument("--compile", action="store_true", help="this version with COMPILE")
     parser.add_argument("--only", nargs="+", choices=list(VERSIONS), default=list(VERSIONS), help="parts to measure")
+    parser.add_argument("--versions", nargs="+", choices=list(CLASSES), default=list(CLASSES), help="of these")
     parser.add_argument("--json", help="write the result into this file, too")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--version", help=argparse.SUPPRESS)
@@ -463,8 +464,8 @@ def main(argv=None):
     results = {}
     for part in options.only:
         for repeat in range(options.repeats):
-            versions = VERSIONS[part][::-1] if repeat % 2 else VERSIONS[part]  # alternating, and each one first in turn
-            for version in versions:
+            order = VERSIONS[part][::-1] if repeat % 2 else VERSIONS[part]  # alternating, and each one first in turn
+            for version in [name for name in order if name in options.versions]:
                 found = in_new_process(options, part, version, repeat)
                 print(f"{part} {repeat + 1}/{options.repeats} {version}: "
                       + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()),

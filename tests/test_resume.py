@@ -9,7 +9,7 @@ import background
 import numpy as np
 import pytest
 import torch
-from background import arguments, assert_same_run, copy_run, differences, read, run, table_rows, whole_run
+from background import BFLOAT16, arguments, assert_same_run, copy_run, differences, read, run, table_rows, whole_run
 from conftest import run_script, script
 
 BEST, LAST = script.BEST, script.LAST
@@ -47,10 +47,11 @@ def refused(capfd, folder, *argv):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_two_and_two_epochs_are_four(precision, tmp_path):
     folder = tmp_path / "halves"
-    code, text = run(arguments(folder, "--precision", precision, "--epochs", 2))
+    patch = BFLOAT16 * (precision == "bfloat16")
+    code, text = run(arguments(folder, "--precision", precision, "--epochs", 2), patch)
     assert code == 0, text
     assert len(read(folder)["history"]) == 2
-    code, text = run(arguments(folder, "--precision", precision, "--resume"))
+    code, text = run(arguments(folder, "--precision", precision, "--resume"), patch)
     assert code == 0, text
     assert "Going on after epoch 2" in text
     assert_same_run(folder, whole_run(precision))
@@ -350,29 +351,34 @@ script.train_one_epoch = train_one_epoch
     assert "--resume" not in end
 
 
-def test_killed_while_the_earlier_run_is_moved_loses_nothing(finished):
+@pytest.mark.parametrize("name", [BEST, LAST])
+@pytest.mark.parametrize("folder", ["finished", "new_run"])
+def test_killed_while_files_are_moved_the_next_start_goes_on(folder, name, finished):
     earlier = contents(finished)
-    for name in (BEST, LAST):
-        patch = f"""
+    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5), f"""
 def replace(source, target, inner=os.replace):
-    if "earlier_run" in str(target) and str(target).endswith({name!r}):
+    source = script.Path(source)
+    if source.parent.name == {folder!r} and source.name == {name!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     inner(source, target)
 os.replace = replace
-"""
-        assert run(arguments(finished, "--epochs", 1, "--seed", 5), patch)[0] == -9
-        assert set(earlier.values()) <= set(contents(finished).values())
-    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5))
-    assert code == 0, text
+""")
+    assert code == -9, text
     assert set(earlier.values()) <= set(contents(finished).values())
+    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5, "--resume"))
+    assert code == 0 and "Going on after epoch 1" in text, text
+    (kept,) = finished.glob("earlier_run_*")
+    assert contents(kept) == earlier
+    assert not (finished / "new_run").exists() and script.read_record(finished / BEST)[1] == ""
+    assert read(finished)["settings"]["SEED"] == 5
 
 
 def test_a_first_checkpoint_that_cannot_be_written_leaves_the_earlier_run_where_it_is(finished):
     earlier = contents(finished)
     code, text = run(arguments(finished, "--seed", 5), """
-def save(file, *_):
+def fsync(_):
     raise OSError(28, "No space left on device")
-script.torch.save = save
+os.fsync = fsync
 """)
     assert code == 1 and "cannot write" in text and "Traceback" not in text, text
     assert contents(finished) == earlier
@@ -380,7 +386,8 @@ script.torch.save = save
 
 def test_a_folder_for_the_earlier_run_that_cannot_be_made_gives_a_message(finished):
     earlier = contents(finished)
-    code, text = run(arguments(finished, "--epochs", 1, "--seed", 5), """
+    command = arguments(finished, "--epochs", 1, "--seed", 5)
+    code, text = run(command, """
 def mkdir(self, *args, inner=script.Path.mkdir, **options):
     if "earlier_run" in self.name:
         raise PermissionError(13, "Permission denied", str(self))
@@ -388,7 +395,9 @@ def mkdir(self, *args, inner=script.Path.mkdir, **options):
 script.Path.mkdir = mkdir
 """)
     assert code == 1 and "error: " in text and "Permission denied" in text and "Traceback" not in text, text
-    assert contents(finished) == earlier
+    assert earlier.items() <= contents(finished).items()
+    code, text = run([*command, "--resume"])
+    assert code == 0 and "Going on after epoch 1" in text, text
 
 
 def test_a_new_best_model_does_not_keep_the_scores_of_the_old_one(finished):
