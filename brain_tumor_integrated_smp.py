@@ -1564,7 +1564,7 @@ class Run:
             self.model.compile()  # in place: the names of the weights stay as they are
         # Buffers are shared explicitly before validation instead of in every forward pass.
         self.parallel = self.model if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
-            self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+            self.model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False)
 
     PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "data")
     STATEFUL = ("model", "optimizer", "scheduler", "scaler")
@@ -1728,7 +1728,7 @@ def replace_earlier_run(output: Path) -> None:
     Name by name, the state last, so that the next start can finish what a killed run has left half done.
     """
     earlier = [name for name in RUN_FILES if (output / name).is_file()
-               and ((output / NEW / name).is_file() or name not in FIRST_FILES)]  # otherwise it has been replaced already
+               and ((output / NEW / name).is_file() or name not in FIRST_FILES)]  # else replaced already
     if earlier:
         last = output / earlier[-1]
         stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(last.stat().st_mtime))
@@ -1751,6 +1751,7 @@ def train(cfg: Settings, resume: bool, command: str) -> None:
     describe_machine(cfg, device)
     if rank() == 0 and (output / NEW / LAST).is_file():
         replace_earlier_run(output)  # what a killed run had left to do
+    gather(None)  # the other processes wait for that
     state = read_last(cfg) if resume else None
 
     with contextlib.nullcontext(output) if resume else beside_earlier_run(output, command) as home, \
