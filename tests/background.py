@@ -58,6 +58,17 @@ def _child(argv, patch, log):
     sys.exit(script.main(argv))
 
 
+STARTED = []
+
+
+def end_all():
+    """Kill what a failed test has left running."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.process.is_alive():
+            process.kill(group=True)
+
+
 class Process:
     """A run in the background. patch: Python text that is executed before main()."""
 
@@ -67,6 +78,7 @@ class Process:
         self.process = SERVER.Process(target=_child, args=([str(word) for word in argv], patch, str(self.log)))
         self.process.start()
         self.pid = self.process.pid
+        STARTED.append(self)
 
     @property
     def text(self):

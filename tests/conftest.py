@@ -64,6 +64,13 @@ def write_data(root, train=8, valid=4, test=2, size=96):
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_run_left_over():
+    yield
+    if "background" in sys.modules:
+        sys.modules["background"].end_all()
+
+
 @pytest.fixture
 def data(tmp_path):
     """A data folder with 8 + 4 + 2 images of 96x96 pixels."""

@@ -167,7 +167,7 @@ def test_a_signal_ends_the_run_in_order(signum, group, tmp_path):
     process = Process(arguments(tmp_path, "--epochs", 300))
     process.wait_for("epoch   2/300")
     workers = process.workers()
-    assert len(workers) == 2
+    assert len(workers) == min(2, script.available_cores())
     process.kill(signum, group)
     assert process.wait(60) == 128 + signum
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
