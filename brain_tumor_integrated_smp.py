@@ -334,8 +334,9 @@ def write_file(path: Path, write, required: bool = False) -> bool:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if required:
-            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, "
-                               "or mend the folder, then go on with --resume.", 1) from error
+            again = "go on with --resume" if STOP.go_on else "start again"
+            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, or "
+                               f"mend the folder, then {again}.", 1) from error
         warn(f"cannot write {path}: {error} (going on without it)")
         return False
     except BaseException:  # a second Ctrl-C
@@ -1855,9 +1856,9 @@ def run_mode(cfg: Settings, mode: argparse.Namespace, command: str) -> None:
         dist.destroy_process_group()
 
 
-def resume_command(argv: list[str] | None) -> str:
-    """The command line that goes on with this run."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"] + ["--resume"]
+def command_line(argv: list[str] | None, *more: str) -> str:
+    """The command that started this run, with more words at its end."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in more] + [*more]
     python = Path(sys.executable).name
     python = python if shutil.which(python) == sys.executable else sys.executable
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1877,7 +1878,7 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
-    command, failure = resume_command(argv), None
+    command, failure = command_line(argv, "--resume"), None
     STOP.signum, STOP.go_on = 0, ""
     handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1888,7 +1889,7 @@ def main(argv: list[str] | None = None) -> int:
     except TrainerError as error:
         failure = error.exit_code, str(error)
     except (OSError, RuntimeError, MemoryError) as error:
-        again = STOP.go_on or command.removesuffix(" --resume")
+        again = STOP.go_on or command_line(argv)
         if "DataLoader worker" in str(error):
             failure = 1, ("a process that prepares images died, usually because memory ran out; go on with fewer of "
                           f"them:\n  {again} --num-workers 0")
