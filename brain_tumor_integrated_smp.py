@@ -1738,10 +1738,14 @@ def replace_earlier_run(output: Path) -> None:
         folder.mkdir(exist_ok=True)
         say(f"The earlier run is kept in {folder}.")
     for name in RUN_FILES:
-        if name in earlier:
+        new = output / NEW / name
+        if name in earlier and Path(name).stem == Path(BEST).stem:
+            with contextlib.suppress(OSError):  # a file system without links
+                os.link(output / name, folder / name)  # so that there is a best model at any moment
+        if name in earlier and not (folder / name).exists():
             os.replace(output / name, folder / name)
-        if (output / NEW / name).is_file():
-            os.replace(output / NEW / name, output / name)
+        if new.is_file():
+            os.replace(new, output / name)
     shutil.rmtree(output / NEW)
 
 

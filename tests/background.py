@@ -54,7 +54,7 @@ def _child(argv, patch, log):
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
     sys.argv = [str(SCRIPT), *argv]
-    exec(patch, {"script": script, "torch": torch, "os": os, "signal": signal, "time": time})
+    exec(patch, {"functools": functools, "script": script, "torch": torch, "os": os, "signal": signal, "time": time})
     sys.exit(script.main(argv))
 
 

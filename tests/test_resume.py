@@ -362,9 +362,11 @@ def replace(source, target, inner=os.replace):
         os.kill(os.getpid(), signal.SIGKILL)
     inner(source, target)
 os.replace = replace
+os.link = functools.partial(replace, inner=os.link)
 """)
     assert code == -9, text
     assert set(earlier.values()) <= set(contents(finished).values())
+    assert {BEST, "unet_plusplus_best.json"} <= {path.name for path in finished.iterdir()}
     code, text = run(arguments(finished, "--epochs", 1, "--seed", 5, "--resume"))
     assert code == 0 and "Going on after epoch 1" in text, text
     (kept,) = finished.glob("earlier_run_*")

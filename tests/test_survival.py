@@ -71,6 +71,8 @@ def crashed_run():
         more = ["--resume"] if (folder / LAST).is_file() else []
         code, text = run(arguments(folder, "--num-workers", 0, *more), kill_at(name, when))
         assert code == -signal.SIGKILL, (name, when, text)
+        if (folder / "new_run" / LAST).is_file():
+            script.replace_earlier_run(folder)  # which the next start does first
         state = read(folder) if (folder / LAST).is_file() else {"epoch": 0}
         seen.append((name, when, state["epoch"], load_best(folder)))
     code, text = run(arguments(folder, "--num-workers", 0, "--resume"), RISING)
