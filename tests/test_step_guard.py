@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from background import (
+    BFLOAT16,
     RISING,
     arguments,
     assert_same_run,
@@ -159,7 +160,7 @@ def test_a_dropped_step_is_shown_in_the_line_and_the_table(tmp_path):
 
 
 def test_persistent_trouble_goes_back_once_and_on_in_float32(tmp_path):
-    patch = bad_run("state.step > 5 and state.precision != 'float32'")
+    patch = BFLOAT16 + bad_run("state.step > 5 and state.precision != 'float32'")
     code, text = run(arguments(tmp_path, "--epochs", 3, "--precision", "bfloat16"), patch)
     assert code == 0, text
     assert text.count("Going back to the end of epoch 1 and on in float32") == 1
@@ -167,12 +168,12 @@ def test_persistent_trouble_goes_back_once_and_on_in_float32(tmp_path):
     assert finite_files(tmp_path) and load_best(tmp_path) == ""
     # The rest is what float32 gives after one epoch in bfloat16.
     first = tmp_path / "first"
-    assert run(arguments(first, "--epochs", 1, "--precision", "bfloat16"))[0] == 0
-    assert run(arguments(first, "--epochs", 3, "--precision", "float32", "--resume"))[0] == 0
+    assert run(arguments(first, "--epochs", 1, "--precision", "bfloat16"), BFLOAT16)[0] == 0
+    assert run(arguments(first, "--epochs", 3, "--precision", "float32", "--resume"), BFLOAT16)[0] == 0
     assert differences(read(first)["model"], read(tmp_path)["model"]) == []
     # And a resumed run stays in float32.
     code, text = run(arguments(tmp_path, "--epochs", 4, "--precision", "bfloat16", "--resume"),
-                     bad_run("state.precision != 'float32'"))
+                     BFLOAT16 + bad_run("state.precision != 'float32'"))
     assert code == 0 and "Going back" not in text, text
 
 
@@ -203,7 +204,7 @@ def validate(*args, cfg, inner=script.validate, **options):
     return inner(*args, cfg=cfg, **options) | ({"valid_loss": float("nan")} if cfg.PRECISION != "float32" else {})
 script.validate = validate
 """
-    code, text = run(arguments(tmp_path, "--epochs", 1, "--precision", "bfloat16"), patch)
+    code, text = run(arguments(tmp_path, "--epochs", 1, "--precision", "bfloat16"), BFLOAT16 + patch)
     assert code == 0 and "Going back" in text and finite_files(tmp_path), text
 
 
