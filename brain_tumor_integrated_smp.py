@@ -6,19 +6,23 @@
     python brain_tumor_integrated_smp.py --audit                           check the data and stop
     python brain_tumor_integrated_smp.py --evaluate                        threshold and test scores of the best model
     python brain_tumor_integrated_smp.py --predict scan.png folder/        masks and overlays for new images
-    torchrun --nproc-per-node=2 brain_tumor_integrated_smp.py              two GPUs, nothing to edit
+    torchrun --nproc-per-node=2 brain_tumor_integrated_smp.py              two GPUs (on Linux), nothing to edit
 
 The data folder holds train/, valid/ and, if there is one, test/, each with its images and `_annotations.coco.json`.
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
-Measured results, with command, hardware and versions, stand in README.md.
+Measured results, with command, hardware and versions, stand in README.md. The file follows the data: images and masks,
+checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
+evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
@@ -31,7 +35,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -39,8 +42,8 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
-from collections import Counter
+import traceback
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,24 +60,19 @@ import pycocotools.mask as coco_mask
 import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from tqdm import tqdm
-
-try:
-    import fcntl  # file locks on Linux and macOS
-except ImportError:  # Windows refuses to delete a file that is in use, which serves the same purpose
-    fcntl = None
 
 # ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
 
 # --- data and output
 DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/, valid/ and (optional) test/
-OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures
+OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
 SKIP_BAD_IMAGES = False  # True: go on without unreadable images (they are listed) instead of stopping
-CACHE_GB = 8.0  # GB; decoded images are kept on disk for the length of a run if they fit; 0: decode every time
-CACHE_DIR = None  # folder for that temporary file, best on a fast local disk; None: the system's temporary folder
+CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
 
 # --- images and loading
 IMG_SIZE = 256  # pixels, a multiple of 32, at least 64; the network sees squares of this size
@@ -84,288 +82,81 @@ MEAN = (0.485, 0.456, 0.406)  # per-channel mean of RGB values in 0..1 (ImageNet
 STD = (0.229, 0.224, 0.225)  # per-channel standard deviation, likewise
 
 # --- model
-ENCODER = "resnet34"  # any encoder name of segmentation_models_pytorch that UNet++ accepts
+ARCHITECTURE = "unetplusplus"  # a name that smp.create_model knows
+ENCODER = "resnet34"  # any encoder name of segmentation_models_pytorch that the architecture accepts
 ENCODER_WEIGHTS = "imagenet"  # "imagenet" (downloaded), None (random start), or a local weights file
 INIT_WEIGHTS = None  # a .pth of this script to start from (staged training), or None
 
 # --- optimisation
 EPOCHS = 80  # passes over the training set, at least 1
-LR = 1e-4  # initial learning rate of AdamW, more than 0
+LR = 1e-4  # learning rate of AdamW after the warm-up, more than 0
+LR_RANDOM_START = 5e-4  # the same for an encoder with random weights, which need more; --lr sets both
+WARMUP_STEPS = 20  # optimizer steps over which the learning rate grows to its value, 0: none
 WEIGHT_DECAY = 1e-2  # AdamW's decoupled weight decay, 0 or more
-LOSS = "dice_bce"  # "dice_bce", "dice_focal" or "focal_tversky" (favours finding all of a tumour)
+LOSS = "dice_bce"  # a name in LOSSES; "focal_tversky" favours finding all of a tumour
 ACCUMULATION_STEPS = 1  # batches per optimizer step, at least 1; raise it when BATCH_SIZE has to be small
 GRAD_CLIP = 1.0  # largest gradient norm, 0: no clipping
+AVERAGE_EPOCHS = 1.0  # validated and saved is the moving average of the weights over about so many epochs; 0: none
 PLATEAU_FACTOR = 0.5  # the learning rate is multiplied by this when validation Dice stalls, between 0 and 1
 PLATEAU_PATIENCE = 10  # epochs without a better validation Dice before that happens
 EARLY_STOPPING = 25  # epochs without a better validation Dice before training ends, 0: never
 SEED = 42  # 0 or more; weights, order and augmentation follow from it
+
+# --- prediction
+TEST_TIME_AUGMENTATION = False  # True: the mean over eight flips and turns, at eight times the cost
 
 # --- machine
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "auto" (float16 on CUDA, bfloat16 on CPUs that have it), "float32", "bfloat16", "float16"
 COMPILE = False  # True: torch.compile the model (a long first epoch)
 DETERMINISTIC = False  # True: slower, but repeatable to the last bit on one GPU
-SYNC_BATCHNORM = True  # True: with several GPUs, BatchNorm sees the whole batch and not each GPU's part
 
 CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)  # all settings above, in this order
 
-# The least value of each number; where it stands without a decimal point, whole numbers only.
-MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WEIGHT_DECAY": 0.0,
-           "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "PLATEAU_PATIENCE": 0, "EARLY_STOPPING": 0, "SEED": 0}
-RULES = {  # what else a setting must satisfy, in words and as a test
-    "IMG_SIZE": ("a multiple of 32, at most 4096", lambda v: v % 32 == 0 and v <= 4096),
-    "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
-    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
-    "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
-    "ENCODER": ("an encoder of segmentation_models_pytorch",
-                lambda v: v in smp.encoders.get_encoder_names() or v.startswith("tu-")),
-    "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "LOSS": ("one of dice_bce, dice_focal, focal_tversky", lambda v: v in LOSSES),
-    "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
-    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun (README.md, "
-               "'GPU'; --device cpu always works)",
-               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
-               >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-    "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
-}
-
-STARTING_RULES = {  # what a new run needs besides
-    "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
-    "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
-}
-
-# A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
-RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE", "DETERMINISTIC",
-                     "SYNC_BATCHNORM", "CACHE_GB", "CACHE_DIR", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
-                     "ACCUMULATION_STEPS", "ENCODER_WEIGHTS", "INIT_WEIGHTS", "SKIP_BAD_IMAGES")
+# ===== Images and masks ===============================================================================================
 
 
-class TrainerError(Exception):
-    """Something the user can put right. main() prints the message, without a stack trace, and ends with exit_code."""
+def read_image(path: str | Path, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """Read any common image file as RGB uint8 [H, W, 3], values 0..255.
 
-    def __init__(self, message: str, exit_code: int = 2):
-        # A DataLoader raises what a worker raised with the worker's stack trace as message.
-        super().__init__(message.rpartition("TrainerError: ")[2].strip())
-        self.exit_code = exit_code
-
-
-def default_settings() -> Settings:
-    """The constants, as they are now."""
-    return Settings(**{name: globals()[name] for name in CONSTANTS})
-
-
-def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
-    """Merge the command line (default: sys.argv[1:]) into the constants.
-
-    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set).
-    Raises TrainerError for an unknown flag, a wrong type or an impossible value.
+    Grey and palette images become RGB, transparency is dropped, and 16-bit images are scaled from their own
+    minimum..maximum to 0..255. An EXIF orientation is applied, unless only the unturned picture has the given
+    height and width (pixels): then the annotation tool did not turn it either.
+    Raises TrainerError when the file is missing, empty or damaged.
     """
-    def fail(message):
-        raise TrainerError(f"{message} (--help lists the options)")
-
-    def text(word):
-        return None if word.lower() == "none" else word
-
-    def number(word):
-        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
-
-    usage = "%(prog)s [--resume | --audit | --evaluate | --predict PATH ...] [--name-of-a-constant VALUE ...]"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=usage, allow_abbrev=False,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30))
-    parser.error = fail  # one sentence, as for every other error, instead of the whole usage
-    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in OUTPUT_DIR")
-    group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
-    group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
-    group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
-    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
-    # Names, types and defaults come from the constants; groups and help texts from the comments beside them.
-    source = Path(__file__).read_text(encoding="utf-8")
-    for title, name, comment in re.findall(r"^# --- (.+)$|^([A-Z_]+) = [^#\n]*(?:# *(.+))?$", source, re.M):
-        if title:
-            group = parser.add_argument_group(title)
-        elif name in CONSTANTS:
-            value = globals()[name]
-            options = {"dest": name, "default": value, "help": f"{comment} [{value}]".replace("%", "%%")}
-            if isinstance(value, bool):
-                options |= {"action": argparse.BooleanOptionalAction}
-            elif isinstance(value, tuple):
-                options |= {"nargs": "*", "type": number if name in RULES else str, "metavar": "VALUE"}
-            else:
-                kind = text if value is None or isinstance(value, str) else number
-                options |= {"type": kind, "metavar": kind.__name__.upper()}
-            group.add_argument("--" + name.lower().replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv))
-    cfg = Settings(**{name: given.pop(name) for name in CONSTANTS})
-    for name in ("CATEGORIES", "MEAN", "STD"):
-        setattr(cfg, name, tuple(getattr(cfg, name)))
-    mode = argparse.Namespace(**given)
-    check_settings(cfg, mode)
-    return cfg, mode
-
-
-def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
-    """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
-                     lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
-              for name, least in MINIMUM.items()}
-    starting = {} if mode.resume or mode.audit or mode.evaluate or mode.predict else STARTING_RULES
-    for name, (legal, holds) in [*limits.items(), *RULES.items(), *starting.items()]:
-        try:
-            good = holds(getattr(cfg, name))
-        except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
-            good = False
-        if not good:
-            raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
-    if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
-        raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
-    if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
-        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
-                           "holds train/ and valid/")
     try:
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
-    except (OSError, TypeError) as error:
-        raise TrainerError(f"cannot write into the output folder {cfg.OUTPUT_DIR} ({error}); choose another one with "
-                           "OUTPUT_DIR or --output-dir") from None
+        data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
+    except FileNotFoundError:
+        raise TrainerError(f"{path}: the file is missing") from None
+    except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
+        raise TrainerError(f"{path}: {error}") from None
+    flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
+    with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
+        image = cv2.imdecode(data, flags) if data.size else None
+        if image is not None and height and image.shape[:2] != (height, width):
+            unturned = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = unturned if unturned.shape[:2] == (height, width) else image
+    # OpenCV 4 fills up a JPEG that is cut short with grey: an end mark has to follow the last scan.
+    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes().rpartition(b"\xff\xda")[2]:
+        image = None
+    if image is None:
+        raise TrainerError(f"{path}: {'not an image, or cut short' if data.size else 'empty'} ({data.size} bytes)")
+    if image.dtype != np.uint8:
+        image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+    return np.ascontiguousarray(image[..., ::-1])
 
 
-# ===== Processes, messages, interruption and files: the few mechanisms that everything below shares ===================
+def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize [H, W] or [H, W, C] without aliasing: averages areas where it shrinks, interpolates where it enlarges."""
+    small = (min(width, array.shape[1]), min(height, array.shape[0]))
+    if small != array.shape[1::-1]:
+        array = cv2.resize(array, small, interpolation=cv2.INTER_AREA)
+    return array if small == (width, height) else cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def rank() -> int:
-    """Number of this process among those of torchrun, 0 without it."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes train together, 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value) -> list:
-    """The picklable values of all processes, in the order of their ranks."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def available_cores() -> int:
-    """CPU cores for this process: those it may use, shared between the processes of torchrun on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def say(message: str = "", file=None) -> None:
-    """Print once, whatever the number of processes, and at once, also into a file."""
-    if rank() == 0:
-        stream = file or sys.stdout
-        try:
-            print(message, file=stream, flush=True)
-        except OSError:  # a pipe that was closed, a full disk under a log: the run goes on in silence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def warn(message: str) -> None:
-    """A warning on standard error, framed so that it is not missed."""
-    say("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
-
-
-def listed(lines: list[str], most: int = 10) -> str:
-    """The first lines of a list, indented, and how many more there are."""
-    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "".join(f"\n  - {line}" for line in lines[:most] + more)
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
-
-
-class StopSignal:
-    """Handler that remembers Ctrl-C and SIGTERM, for progress() to act on; a second signal ends at once."""
-
-    signum = 0
-    go_on = ""  # the command that goes on with the run, once there is a state to go on from
-
-    def __call__(self, signum, _frame):
-        if self.signum:
-            raise KeyboardInterrupt
-        self.signum = signum
-        say(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", sys.stderr)
-
-
-STOP = StopSignal()
-
-
-def progress(items, description: str, total: int | None = None):
-    """Iterate with a progress bar, and stop between two items after a signal. Every long loop goes through here."""
-    # disable=None: no bar where standard error is not a terminal.
-    with tqdm(items, description, total, leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True) as bar:
-        for item in bar:
-            if STOP.signum:
-                raise Interrupted
-            yield item
-
-
-def write_file(path: Path, write, required: bool = False) -> bool:
-    """Write a file so that it is either complete or unchanged: temporary name, flush to disk, rename.
-
-    write: bytes, or a function that gets the open binary file. A failure is a warning, or TrainerError if required.
-    Returns whether the file was written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # the same name every time: a killed run leaves at most one
-    try:
-        with open(temporary, "wb") as file:
-            file.write(write) if isinstance(write, bytes) else write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        for attempt in range(6):
-            try:
-                os.replace(temporary, path)
-                break
-            except PermissionError:  # on Windows, virus scanners and viewers hold files open for a moment
-                if attempt == 5:
-                    raise
-                time.sleep(0.2)
-        return True
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if required:
-            again = "go on with --resume" if STOP.go_on else "start again"
-            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, or "
-                               f"mend the folder, then {again}.", 1) from error
-        warn(f"cannot write {path}: {error} (going on without it)")
-        return False
-    except BaseException:  # a second Ctrl-C
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a CSV file."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, table.getvalue().encode("utf-8"))
-
-
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Write a uint8 grey [H, W] or RGB [H, W, 3] array as PNG; cv2.imwrite fails on non-ASCII paths on Windows."""
-    png = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])[1]
-    write_file(path, png.tobytes(), required=True)
-
-
-# ===== Annotations and image files ====================================================================================
-
-ANNOTATION_FILE = "_annotations.coco.json"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
-FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
-SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
+    return (resize(255 * mask, height, width) >= 128).astype(np.uint8)  # in bytes: a float mask is four times as large
 
 
 @dataclass
@@ -378,13 +169,39 @@ class Record:
     height: int  # pixels, of the annotation's coordinate system
     width: int
     rles: list[dict] = field(default_factory=list)  # its annotations that have an area, as compressed COCO RLEs
+    # Found by scan():
     slot: int = -1  # its place in the cache
+    error: str = ""  # why it cannot be read
+    digest: str = ""  # of its pixels
+    mask_digest: str = ""
+    share: float = 0.0  # of the image that is tumour
+    vanishes: bool = False  # the tumour is gone at IMG_SIZE
+    stretched: bool = False  # the file has another size than the JSON says
+    thumbnail: np.ndarray | None = None  # float32 [1024]: grey 32x32, mean 0, length 1
 
     def mask(self) -> np.ndarray:
         """The union of its annotations: uint8 [height, width], 0 or 1."""
         if not self.rles:
             return np.zeros((self.height, self.width), np.uint8)
         return np.ascontiguousarray(coco_mask.decode(coco_mask.merge(self.rles)))
+
+
+def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
+
+    Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
+    """
+    image = read_image(record.path, record.height, record.width)
+    return resize(image, img_size, img_size), resize_mask(record.mask(), img_size, img_size), image
+
+
+# ===== Annotations ====================================================================================================
+
+ANNOTATION_FILE = "_annotations.coco.json"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
+FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
+SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
 
 
 @dataclass
@@ -397,15 +214,18 @@ class Split:
     unnamed: int  # image files that no entry names
     is_sample: bool  # made by this project
     skipped: int = 0  # images that cannot be read
-    reports: list[dict] = field(default_factory=list)  # of scan(), one for each record
+    like_train: int = 0  # images that look like one in train
 
 
-def unpack_runs(counts: str) -> list[int]:
-    """Run lengths from the text of a compressed COCO RLE: 5 bits a letter, from the fourth run on as differences."""
+def run_lengths(counts: str) -> list[int]:
+    """Run lengths from the text of a compressed COCO RLE: 5 bits a letter, from the fourth run on as differences.
+
+    pycocotools decodes a text that is cut short, or too long, without a word: only the sum of the runs tells.
+    """
     runs, value, shift = [], 0, 0
     for letter in counts:
         code = ord(letter) - 48
-        if not 0 <= code < 64:
+        if not 0 <= code < 64 or shift > 60:
             raise ValueError("its RLE has letters that do not belong there")
         value, shift = value | (code & 31) << shift, shift + 5
         if code < 32:  # the last letter of a number, with its sign in bit 4
@@ -428,11 +248,12 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
         counts = segmentation.get("counts")
         if segmentation.get("size") != [height, width]:
             raise ValueError(f"its RLE has the size {segmentation.get('size')}, its image {[height, width]}")
-        runs = unpack_runs(counts) if isinstance(counts, str) else counts
-        # pycocotools fills up what is cut short and reads on behind its end: it must be given whole masks only.
+        runs = run_lengths(counts) if isinstance(counts, str) else counts
         if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
             raise ValueError("the counts of its RLE do not add up to height times width")
-        return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width), []
+        # Drawn and encoded again: with runs of no pixel, which are correct, pycocotools merges to garbage.
+        mask = np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(width, height).T
+        return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("it has no segmentation, only a box perhaps: export the data as 'COCO Segmentation'")
     polygons, remarks = [], []
@@ -463,8 +284,7 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     categories: names of the categories that count as tumour; empty: all.
     Raises TrainerError, naming all offenders, when the folder or the JSON cannot be used.
     """
-    split_dir = Path(split_dir)
-    json_path = split_dir / ANNOTATION_FILE
+    split_dir, json_path = Path(split_dir), Path(split_dir) / ANNOTATION_FILE
     if not json_path.is_file():
         missing = f"file not found: {json_path}" if split_dir.is_dir() else f"folder not found: {split_dir}"
         raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
@@ -484,25 +304,8 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     if unknown := sorted(set(categories) - set(names.values())):
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
-
-    problems, remarks, records, counted = [], [], {}, 0
-    listed_ids = Counter(str(entry.get("id")) for entry in coco["images"])
-    for number, entry in enumerate(coco["images"]):
-        key, name, size = str(entry.get("id")), entry.get("file_name"), (entry.get("height"), entry.get("width"))
-        inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
-        if entry.get("id") is None or not isinstance(name, str) or not name:
-            problems.append(f"image entry {number} has no id or no file_name")
-        elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
-            problems.append(f"image id {key}: the file name {name!r} points outside its folder")
-        elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
-            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
-                            f"{LARGEST_SIDE} (pixels)")
-        elif key in records:
-            problems.append(f"image id {key} is used twice: {records[key].file_name} and {name}")
-        else:
-            records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
-    paths = Counter(os.path.normcase(record.path) for record in records.values())
-    problems += [f"{Path(path).name} is listed as two images" for path, uses in paths.items() if uses > 1]
+    records, problems = read_image_entries(coco["images"], split_dir)
+    listed_ids, remarks, counted = {str(entry.get("id")) for entry in coco["images"]}, [], 0
     for entry in coco["annotations"]:
         label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
         if str(entry.get("image_id")) not in listed_ids:
@@ -519,173 +322,131 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         if rle is not None and pixels < FEW_PIXELS:
             odd.append(f"the mask has only {pixels} pixels")
         remarks += [f"{record.file_name}, {label}: {remark}" for remark in odd]
-        if pixels:
-            record.rles.append(rle)
+        record.rles += [rle] if pixels else []
     if problems:
         raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{listed(problems)}\n"
                            "Correct the file, or export it again.")
-    unnamed = [path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-               and os.path.normcase(path) not in paths]
-    return Split(list(records.values()), counted, remarks, len(unnamed), SAMPLE_MARK in str(coco.get("info")))
+    paths = {os.path.normcase(record.path) for record in records.values()}
+    unnamed = sum(path.suffix.lower() in IMAGE_SUFFIXES and os.path.normcase(path) not in paths
+                  for path in split_dir.rglob("*"))
+    return Split(list(records.values()), counted, remarks, unnamed, SAMPLE_MARK in str(coco.get("info")))
 
 
-def read_image(path: str | Path, height: int | None = None, width: int | None = None) -> np.ndarray:
-    """Read any common image file as RGB uint8 [H, W, 3], values 0..255.
-
-    Grey and palette images become RGB, transparency is dropped, and 16-bit images are scaled from their own
-    minimum..maximum to 0..255. An EXIF orientation is applied, unless only the unturned picture has the given
-    height and width (pixels): then the annotation tool did not turn it either.
-    Raises TrainerError when the file is missing, empty or damaged.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
-    except FileNotFoundError:
-        raise TrainerError(f"{path}: the file is missing") from None
-    except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
-        raise TrainerError(f"{path}: {error}") from None
-    flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
-    with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
-        image = cv2.imdecode(data, flags) if data.size else None
-        if image is not None and height and image.shape[:2] != (height, width):
-            unturned = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-            image = unturned if unturned.shape[:2] == (height, width) else image
-    if image is None:
-        found = f"not an image, or cut short ({data.size} bytes)" if data.size else "the file is empty"
-        raise TrainerError(f"{path}: {found}")
-    if image.dtype != np.uint8:
-        image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
-    return np.ascontiguousarray(image[..., ::-1])
-
-
-def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize [H, W] or [H, W, C] without aliasing: averages areas where it shrinks, interpolates where it enlarges."""
-    small = (min(width, array.shape[1]), min(height, array.shape[0]))
-    if small != array.shape[1::-1]:
-        array = cv2.resize(array, small, interpolation=cv2.INTER_AREA)
-    return array if small == (width, height) else cv2.resize(array, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
-    return (resize(255 * mask, height, width) >= 128).astype(np.uint8)  # in bytes: a float mask is four times as large
-
-
-def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
-
-    Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
-    """
-    image = read_image(record.path, record.height, record.width)
-    return resize(image, img_size, img_size), resize_mask(record.mask(), img_size, img_size), image
+def read_image_entries(entries: list[dict], split_dir: Path) -> tuple[dict[str, Record], list[str]]:
+    """The list of images in a COCO file. Returns (records by image id, what is wrong as sentences)."""
+    records, problems = {}, []
+    for number, entry in enumerate(entries):
+        key, name, size = str(entry.get("id")), entry.get("file_name"), (entry.get("height"), entry.get("width"))
+        inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
+        if entry.get("id") is None or not isinstance(name, str) or not name:
+            problems.append(f"image entry {number} has no id or no file_name")
+        elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
+            problems.append(f"image id {key}: the file name {name!r} points outside its folder")
+        elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
+            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
+                            f"{LARGEST_SIDE} (pixels)")
+        elif key in records:
+            problems.append(f"image id {key} is used twice: {records[key].file_name} and {name}")
+        else:
+            records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
+    uses = Counter(os.path.normcase(record.path) for record in records.values())
+    return records, problems + [f"{Path(path).name} is listed as two images" for path in uses if uses[path] > 1]
 
 
 # ===== One pass over all files: audit and cache =======================================================================
 
+ALIKE = 0.95  # correlation of two thumbnails; in the public data mostly slices at most three numbers apart
+LIKE_TRAIN = "{} of {} {} images look like an image in train: scores are too good for new patients"
 
+
+@dataclass
 class PixelCache:
-    """Decoded and resized images of a run: uint8 [count, S, S, 4] (RGB and mask) in one temporary file.
+    """Decoded and resized images of a run: uint8 [S, S, 4] (RGB and mask) each, one after the other in a file.
 
     All workers and processes of a machine map the same file, so the pixels exist once, under every start method and
-    without /dev/shm. A lock marks the file as in use: opening a cache removes those that killed runs have left.
+    without /dev/shm. Its name follows from the folder of the run, which one run holds at a time: what a killed run has
+    left, the next one replaces.
     """
 
-    def __init__(self, folder: str | Path, count: int, img_size: int):
-        """Raises OSError when the folder has no room."""
-        for leftover in Path(folder).glob("brain_tumor_cache_*.bin"):
-            with contextlib.suppress(OSError), open(leftover, "rb") as file:  # locked: its run is still going on
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-        self.shape, self._array = (count, img_size, img_size, 4), None
-        self.path = Path(folder) / f"brain_tumor_cache_{uuid.uuid4().hex}.bin"
-        self.file = open(self.path, "w+b")
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX)
-            if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end in a bus error later
-                os.posix_fallocate(self.file.fileno(), 0, math.prod(self.shape))
-            else:
-                self.file.truncate(math.prod(self.shape))
-        except OSError:
-            self.close()
-            raise
+    path: Path
+    img_size: int
 
-    @property
-    def array(self) -> np.ndarray:
-        """The memory map, opened by each process on its first use."""
-        if self._array is None:
-            self._array = np.memmap(self.path, np.uint8, "r+", shape=self.shape)
-        return self._array
-
-    def __getstate__(self):
-        return self.__dict__ | {"file": None, "_array": None}  # another process gets the path, not the pixels
+    def pixels(self, slot: int, mode: str = "r") -> np.ndarray:
+        """The place of one image, mapped for reading, or with "r+" for writing."""
+        shape = (self.img_size, self.img_size, 4)
+        return np.memmap(self.path, np.uint8, mode, slot * math.prod(shape), shape)
 
     def close(self) -> None:
-        """Remove the file. On Windows a worker may still hold it for a moment: then the next start removes it."""
-        self._array = None
-        self.file.close()
+        """Remove the file. Where the system refuses, the next run does."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
 
-def open_cache(cfg: Settings, count: int) -> PixelCache | None:
+def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None:
     """A cache for count images, or None, said, when it is switched off, too large or finds no room."""
-    folder, gigabytes = cfg.CACHE_DIR or tempfile.gettempdir(), count * cfg.IMG_SIZE**2 * 4 / 1e9
+    name = hashlib.sha256(str(run_folder.resolve()).encode(errors="replace")).hexdigest()[:16]
+    folder, size = Path(tempfile.gettempdir()), count * cfg.IMG_SIZE**2 * 4
+    cache = PixelCache(folder / f"brain_tumor_cache_{name}.bin", cfg.IMG_SIZE)
     try:
-        if gigabytes <= cfg.CACHE_GB and gigabytes < 0.9 * shutil.disk_usage(folder).free / 1e9:
-            return PixelCache(folder, count, cfg.IMG_SIZE)
-        reason = f"they need {gigabytes:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}, {folder} may be full"
+        if size <= 1e9 * cfg.CACHE_GB and size < 0.9 * shutil.disk_usage(folder).free:
+            cache.path.unlink(missing_ok=True)
+            with open(cache.path, "xb") as file:
+                if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end in a bus error later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+            return cache
+        reason = f"they need {size / 1e9:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}, {folder} may be full"
     except OSError as error:
         reason = str(error)
-    say(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).")
+        cache.close()
+    say(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).\n"
+        "The environment variable TMPDIR (on Windows TEMP) names another folder for them.")
     return None
 
 
-def scan(record: Record, img_size: int, cache: PixelCache | None) -> dict:
-    """Read one image file once: fill its cache slot and report on it. A damaged file is reported, not raised."""
+def scan(record: Record, img_size: int, cache: PixelCache | None) -> None:
+    """Read one image file once: fill its cache slot and note what is found. A damaged file is noted, not raised."""
     try:
         image, mask, full = load_sample(record, img_size)
     except TrainerError as error:
-        return {"error": str(error)}
+        record.error = str(error)
+        return
     if cache is not None:
-        cache.array[record.slot, ..., :3], cache.array[record.slot, ..., 3] = image, mask
+        cache.pixels(record.slot, "r+")[:] = np.dstack([image, mask])
     truth = record.mask()
-    return {"error": "", "digest": hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest(),
-            "mask_digest": hashlib.sha256(truth.data).hexdigest(), "share": float(truth.mean()),
-            "vanishes": bool(truth.any() and not mask.any()), "differs": full.shape[:2] != truth.shape}
+    record.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
+    record.mask_digest, record.share = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
+    record.vanishes = bool(truth.any() and not mask.any())
+    record.stretched = full.shape[:2] != truth.shape
+    small = resize(cv2.cvtColor(full, cv2.COLOR_RGB2GRAY), 32, 32).astype(np.float32).ravel()
+    small -= small.mean()
+    record.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
 
 
-def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], PixelCache | None]:
+def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
-    names: of the splits; "test" may be missing on disk, and is left out then.
-    Returns (splits by name, cache or None). The caller closes the cache. Raises TrainerError.
+    names: of the splits; "test" may be missing on disk, and is left out then. run_folder: held by this run; None: no
+    cache. Returns (splits by name, cache or None). The caller closes the cache. Raises TrainerError.
     """
     folder = {name: Path(cfg.DATA_DIR) / name for name in names}
     if "test" in names and not folder["test"].is_dir():
         say(f"No test folder ({folder.pop('test')}): the score on test is left out.")
     splits = {name: read_coco(path, cfg.CATEGORIES) for name, path in folder.items()}
-    if not all(split.is_sample for split in splits.values()):  # a user's own data replaces all of the phantoms
-        for name in [name for name, split in splits.items() if split.is_sample]:
-            if name != "test":
-                raise TrainerError(f"{folder[name]} still holds the sample phantoms, unlike the other folders; "
-                                   f"put your own {name} set there")
-            say("The test folder still holds the sample phantoms: the score on test is left out.")
-            del splits[name]
+    phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
+    if 0 < len(phantoms) < len(splits):
+        raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
+                           "your own images there (a test folder may also be removed)")
     records = [record for split in splits.values() for record in split.records]
     for slot, record in enumerate(records):
         record.slot = slot
-    cache = open_cache(cfg, len(records))
-    pool = ThreadPoolExecutor(available_cores())  # OpenCV decodes and resizes without Python's lock
+    cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
     try:
-        jobs = pool.map(lambda record: scan(record, cfg.IMG_SIZE, cache), records)
-        reports = list(progress(jobs, "Reading images", len(records)))
-        pool.shutdown()
-        bad = [report["error"] for report in reports if report["error"]]
+        in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
+        bad = [record.error for record in records if record.error]
         for split in splits.values():
-            good = [record for record in split.records if not reports[record.slot]["error"]]
+            good = [record for record in split.records if not record.error]
             split.skipped, split.records = len(split.records) - len(good), good
-            split.reports = [reports[record.slot] for record in good]
         print_audit(splits, cfg.IMG_SIZE)
         if bad and not cfg.SKIP_BAD_IMAGES:
             raise TrainerError(f"{len(bad)} image(s) cannot be read:{listed(bad)}\nRepair or remove them, or set "
@@ -693,40 +454,46 @@ def prepare_data(cfg: Settings, names: list[str]) -> tuple[dict[str, Split], Pix
         if bad:
             warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
         for name, split in splits.items():
-            if not split.records or name == "train" and not any(report["share"] for report in split.reports):
+            if not split.records or name == "train" and not any(record.share for record in split.records):
                 missing = "tumour pixel" if split.records else "readable image"
                 raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
+            if name == "train" and len(split.records) < world_size():
+                raise TrainerError("there are fewer training images than processes")
         return splits, cache
     except BaseException:
-        pool.shutdown(cancel_futures=True)
         if cache is not None:
             cache.close()
         raise
 
 
 def print_audit(splits: dict[str, Split], img_size: int) -> None:
-    """Print the table of what the splits hold, and below it what is suspicious."""
-    columns, remarks, seen = [], [], {}
+    """Print the table of what the splits hold, and below it what is suspicious. Sets like_train of the splits."""
+    columns, remarks, first_seen = [], find_neighbours(splits), {}
+    rles = [rle for split in splits.values() for record in split.records for rle in record.rles]
+    boxes = sum(int(coco_mask.area(rle)) == round(float(np.prod(coco_mask.toBbox(rle)[2:]))) for rle in rles)
+    if rles and boxes >= 0.95 * len(rles):
+        remarks.append(f"{boxes} of {len(rles)} annotations are upright boxes: a model will learn boxes, not outlines")
     for name, split in splits.items():
-        shares = [100 * report["share"] for report in split.reports if report["share"]] or [math.nan]
+        shares = [100 * record.share for record in split.records if record.share] or [math.nan]
         columns.append({
             "Data": name, "images": len(split.records), "unreadable images": split.skipped,
             "annotations": split.annotations,
-            "without tumour": sum(not report["share"] for report in split.reports),
+            "without tumour": sum(not record.share for record in split.records),
             "several tumours": sum(len(record.rles) > 1 for record in split.records),
             "smallest tumour, % of image": f"{min(shares):.3f}",
             "median tumour, % of image": f"{np.median(shares):.3f}",
             "largest tumour, % of image": f"{max(shares):.3f}",
             "files that the JSON does not name": split.unnamed})
         remarks += [f"{name}/{remark}" for remark in split.remarks]
-        for record, report in zip(split.records, split.reports):
+        for record in split.records:
             label = f"{name}/{record.file_name}"
-            if report["vanishes"]:
+            if record.vanishes:
                 remarks.append(f"{label}: the tumour disappears at IMG_SIZE {img_size}")
-            if report["differs"]:
+            if record.stretched:
                 remarks.append(f"{label}: the JSON says {record.width}x{record.height} pixels, the file differs "
                                "(the mask is stretched with the image)")
-            split_of_first, first = seen.setdefault(report["digest"], (name, label))
+            record.thumbnail = None  # has served; not to be sent to workers
+            split_of_first, first = first_seen.setdefault(record.digest, (name, label))
             if first != label:
                 leak = " (the same picture in two splits makes scores too good)" if split_of_first != name else ""
                 remarks.insert(0 if leak else len(remarks), f"{label}: same picture as {first}{leak}")
@@ -734,10 +501,28 @@ def print_audit(splits: dict[str, Split], img_size: int) -> None:
     say(f"\nWorth a look, {len(remarks)} remark(s):{listed(remarks)}\n" if remarks else "")
 
 
+def find_neighbours(splits: dict[str, Split]) -> list[str]:
+    """Count images of valid and test that look like one in train, mostly neighbouring slices. Returns remarks."""
+    remarks, train = [], splits["train"].records if "train" in splits else []
+    for name, split in splits.items():
+        if name == "train" or not train or not split.records:
+            continue
+        # Thumbnails have mean 0 and length 1: their products are correlations.
+        own, others = (np.stack([record.thumbnail for record in records]) for records in (split.records, train))
+        alike = own @ others.T
+        best, split.like_train = alike.max(axis=1), int((alike.max(axis=1) > ALIKE).sum())
+        closest = [f"{split.records[i].file_name} and {train[alike[i].argmax()].file_name}"
+                   for i in np.argsort(-best, kind="stable")[:min(3, split.like_train)]]
+        if closest:
+            remarks.append(f"{LIKE_TRAIN.format(split.like_train, len(split.records), name)}; most alike: "
+                           + "; ".join(closest))
+    return remarks
+
+
 def fingerprint(splits: dict[str, Split]) -> str:
     """A digest of the pixels and masks of train and valid: the same data, wherever it lies."""
-    content = [(name, record.number, report["digest"], report["mask_digest"]) for name in ("train", "valid")
-               for record, report in zip(splits[name].records, splits[name].reports)]
+    content = [(name, record.number, record.digest, record.mask_digest) for name in ("train", "valid")
+               for record in splits[name].records]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
@@ -798,7 +583,7 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         """The resized, not augmented image: RGB uint8 [S, S, 3] and mask uint8 0/1 [S, S]."""
         if self.cache is None:
             return load_sample(self.records[index], self.img_size)[:2]
-        pixels = self.cache.array[self.records[index].slot]
+        pixels = self.cache.pixels(self.records[index].slot)
         return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3)  # copies, and fast ones
 
     def __getitem__(self, key: int | tuple[int, int]):
@@ -851,9 +636,10 @@ def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def start_worker(_number: int) -> None:
-    """One thread per worker; it ends with the main process, also when that was killed, and leaves Ctrl-C to it."""
+    """One thread per worker (PyTorch sees to its own). It ends with the main process, also when that was killed, and
+    leaves Ctrl-C to it.
+    """
     cv2.setNumThreads(0)
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A worker that waits at a full pipe would outlive a killed trainer for ever.
@@ -872,16 +658,17 @@ def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch
                                        worker_init_fn=start_worker, persistent_workers=workers > 0)
 
 
-@functools.cache
+def avx2_only() -> bool:
+    """Whether this is an x86 processor with nothing newer than AVX2, or PyTorch was told to treat it as one."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """How images, weights and activations [N, C, H, W] lie in memory: channels_last where convolutions prefer it.
 
-    They do on GPUs and on CPUs with AVX-512 or bfloat16. With AVX2 alone, oneDNN takes twice as long for the gradients
-    of the weights in it.
+    They do on GPUs and on CPUs with AVX-512. With AVX2 alone, oneDNN takes twice as long for the gradients in it.
     """
-    cpu = torch.cpu.get_capabilities()
-    only_avx2 = device.type == "cpu" and cpu.get("avx2") and not cpu.get("avx512_f")
-    return torch.contiguous_format if only_avx2 else torch.channels_last
+    return torch.contiguous_format if device.type == "cpu" and avx2_only() else torch.channels_last
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -914,6 +701,40 @@ def to_target(masks, device: torch.device) -> torch.Tensor:
 # ===== Model ==========================================================================================================
 
 
+def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
+                architecture: str = ARCHITECTURE) -> tuple[torch.nn.Module, str]:
+    """A network with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
+
+    encoder_weights: "imagenet" (downloaded), None, or a local file of the encoder's weights.
+    Returns (model, where the encoder's weights come from, for the record). When the download is impossible, the model
+    starts from random weights and a warning says so. Raises TrainerError for a local file that does not fit.
+    """
+    build = functools.partial(smp.create_model, architecture, encoder, in_channels=3, classes=1)
+    try:
+        model = build(encoder_weights=None)
+        if encoder_weights == "imagenet":
+            say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
+            return build(encoder_weights="imagenet"), "imagenet"
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise TrainerError(f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = "
+                           f"{encoder_weights!r}: {error}") from None
+    except Exception as error:  # networks, proxies and hubs fail in many ways; model was built before
+        reason = f"download failed: {type(error).__name__}: {one_line(error)}"
+        warn(f"no ImageNet weights ({reason}).\n"
+             "Training starts from RANDOM weights, with LR_RANDOM_START, and needs more epochs for the same masks.\n"
+             "To get the weights after all:\n"
+             "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
+             "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
+             "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
+        return model, f"random ({reason})"
+    if encoder_weights is None:
+        return model, "random"
+    # A torchvision file has a classifier, "fc.", too.
+    weights = {name: value for name, value in read_weights(encoder_weights).items() if not name.startswith("fc.")}
+    load_weights(model.encoder, weights, encoder_weights)
+    return model, f"file {encoder_weights}"
+
+
 def read_weights(path: str | Path) -> dict:
     """Read a file of tensors (.pth, or .safetensors) onto the CPU; nothing in it is executed.
 
@@ -927,61 +748,25 @@ def read_weights(path: str | Path) -> dict:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise almost anything, from KeyError to UnicodeDecodeError
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise TrainerError(f"{path} is damaged or no weights file ({reason})") from error
     if not isinstance(content, dict):
         raise TrainerError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return content
 
 
-def fit_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
-    """load_state_dict that says what differs. Raises TrainerError."""
-    own = module.state_dict()
-    shape = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-    differs = [f"{name} is missing" for name in own if name not in weights]
-    differs += [f"{name} is not in this model" for name in weights if name not in own]
-    differs += [f"{name} is {shape[name]}, this model has {tuple(own[name].shape)}"
-                for name in own if name in weights and shape[name] != tuple(own[name].shape)]
-    if differs:
-        raise TrainerError(f"{path} does not fit this model (is ENCODER the same?), {len(differs)} "
-                           f"difference(s):{listed(differs)}")
-    module.load_state_dict(weights)
-
-
-def build_model(encoder: str = ENCODER, encoder_weights: str | None = None) -> tuple[torch.nn.Module, str]:
-    """UNet++ with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
-
-    encoder_weights: "imagenet" (downloaded), None, or a local file of the encoder's weights.
-    Returns (model, where the encoder's weights come from, for the record). When the download is impossible, the model
-    starts from random weights and a warning says so. Raises TrainerError for a local file that does not fit.
-    """
-    build = functools.partial(smp.UnetPlusPlus, encoder_name=encoder, in_channels=3, classes=1)
+def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> None:
+    """load_state_dict; what does not fit raises TrainerError with PyTorch's list of the differences."""
     try:
-        model = build(encoder_weights=None)
-        if encoder_weights == "imagenet":
-            say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
-            return build(encoder_weights="imagenet"), "imagenet"
-    except (KeyError, ValueError, NotImplementedError) as error:
-        raise TrainerError(f"UNet++ cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}: "
-                           f"{error}") from None
-    except Exception as error:  # networks, proxies and hubs fail in many ways; model was built before
-        reason = f"download failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        warn(f"no ImageNet weights ({reason}).\n"
-             "Training starts from RANDOM weights, which costs accuracy. To get them after all:\n"
-             "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
-             "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
-             "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
-        return model, f"random ({reason})"
-    if encoder_weights is None:
-        return model, "random"
-    weights = {name: value for name, value in read_weights(encoder_weights).items() if not name.startswith("fc.")}
-    fit_weights(model.encoder, weights, encoder_weights)  # a torchvision file has a classifier, "fc.", too
-    return model, f"file {encoder_weights}"
+        module.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:  # other names or shapes; not even tensors
+        differences = [line.strip()[:300] for line in str(error).splitlines()[1:]] or [str(error)]
+        raise TrainerError(f"{path} does not fit this model (is ENCODER the same?):{listed(differences)}") from None
 
 
 # ===== Losses: float32 logits [B, 1, S, S] and targets (0 or 1) of the same shape in, a mean over images out ==========
 # A mean over images, unlike a ratio pooled over the batch, does not depend on how images are grouped: accumulation,
-# half-size batches after running out of memory, and several GPUs all give the gradient of the undivided batch.
+# half-size batches after running out of memory, and several GPUs all weigh each image alike.
 
 
 def soft_counts(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -990,20 +775,24 @@ def soft_counts(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
     return (p * t).sum(1), (p * (1 - t)).sum(1), ((1 - p) * t).sum(1)
 
 
-class DiceLoss(torch.nn.Module):
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, smooth: float = 1.0) -> torch.Tensor:
     """1 - Dice of each image, averaged. Range 0..1.
 
     Dice = (2 TP + s) / (2 TP + FP + FN + s) with soft counts (Milletari et al. 2016, with linear sums). The smoothing
     s, in pixels, makes an empty mask that is predicted empty a perfect one and keeps its gradient alive.
     """
+    tp, fp, fn = soft_counts(logits, targets)
+    return (1 - (2 * tp + smooth) / (2 * tp + fp + fn + smooth)).mean()
 
-    def __init__(self, smooth: float = 1.0):
-        super().__init__()
-        self.smooth = smooth
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        tp, fp, fn = soft_counts(logits, targets)
-        return (1 - (2 * tp + self.smooth) / (2 * tp + fp + fn + self.smooth)).mean()
+def dice_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dice loss plus binary cross-entropy, each with weight 1."""
+    return dice_loss(logits, targets) + F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+def dice_focal(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Dice loss plus focal loss with gamma 2 (Lin et al. 2017), each with weight 1."""
+    return dice_loss(logits, targets) + smp.losses.FocalLoss("binary", gamma=2.0)(logits.float(), targets)
 
 
 class FocalTverskyLoss(torch.nn.Module):
@@ -1023,54 +812,80 @@ class FocalTverskyLoss(torch.nn.Module):
         return (1 - index).clamp_min(1e-6).pow(1 / self.gamma).mean()  # the power's gradient is infinite at 0
 
 
-class SumLoss(torch.nn.Module):
-    """The sum of two losses, each with weight 1."""
-
-    def __init__(self, first: torch.nn.Module, second: torch.nn.Module):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
-        return self.first(logits, targets) + self.second(logits, targets)
+LOSSES = {"dice_bce": dice_bce, "dice_focal": dice_focal, "focal_tversky": FocalTverskyLoss()}
 
 
-LOSSES = {
-    "dice_bce": lambda: SumLoss(DiceLoss(), torch.nn.BCEWithLogitsLoss()),
-    "dice_focal": lambda: SumLoss(DiceLoss(), smp.losses.FocalLoss("binary", gamma=2.0)),
-    "focal_tversky": FocalTverskyLoss,
-}
+# ===== Metrics: one number per image, then means over images ==========================================================
+
+COUNTS = ("true_positive_px", "false_positive_px", "false_negative_px")
 
 
-# ===== Metrics: from integer counts per image =========================================================================
+def score_images(probabilities: torch.Tensor, masks: torch.Tensor, threshold: float = 0.5) -> dict[str, torch.Tensor]:
+    """Scores of each image: float64 [B] tensors by name, on the same device. Tumour is probability >= threshold.
+
+    probabilities: float32 [B, 1, H, W], 0..1. masks: any dtype [B, 1, H, W], 0 or 1. A metric that is added here
+    reaches the history, the tables, the JSON, and the printed lines of epochs and test.
+    """
+    tp, fp, fn, _ = smp.metrics.get_stats(probabilities, masks.long(), mode="binary", threshold=threshold)
+    counts = [count[:, 0].double() for count in (tp, fp, fn)]
+    return ratios(*counts) | dict(zip(COUNTS, counts))
 
 
-def confusion(probabilities: torch.Tensor, targets: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
-    """Pixel counts (TP, FP, FN) of each image: int64 [B, 3] on the same device. Tumour is probability >= threshold."""
-    tp, fp, fn, _ = smp.metrics.get_stats(probabilities, targets.long(), mode="binary", threshold=threshold)
-    return torch.cat([tp, fp, fn], dim=1)
-
-
-def score_images(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Dice, IoU, precision and recall from counts [..., 3] of (TP, FP, FN); float64 [...], range 0..1.
+def ratios(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Dice, IoU, precision and recall from pixel counts (float64, any shape), range 0..1.
 
     Convention: both masks empty scores 1 everywhere; only one of them empty scores 0 everywhere.
     """
-    tp, fp, fn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     empty = tp + fp + fn == 0
-    ratios = {"dice": (2 * tp, 2 * tp + fp + fn), "iou": (tp, tp + fp + fn), "precision": (tp, tp + fp),
-              "recall": (tp, tp + fn)}
-    return {name: np.where(empty, 1.0, above / np.maximum(below, 1)) for name, (above, below) in ratios.items()}
+    parts = {"dice": (2 * tp, 2 * tp + fp + fn), "iou": (tp, tp + fp + fn), "precision": (tp, tp + fp),
+             "recall": (tp, tp + fn)}
+    return {name: torch.where(empty, 1.0, above / below.clamp_min(1)) for name, (above, below) in parts.items()}
 
 
-def summarize(counts: np.ndarray) -> dict[str, float]:
-    """Scores of a set from counts [N, 3]: means over images, and, as pooled_*, of all pixels taken together."""
-    means = {name: float(values.mean()) for name, values in score_images(counts).items()}
-    pooled = {f"pooled_{name}": float(value) for name, value in score_images(np.sum(counts, axis=0)).items()}
-    return means | pooled
+def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scores of a set from those of its images: means, and, as pooled_*, the ratios of all pixels taken together."""
+    means = {name: float(values.mean()) for name, values in scores.items() if name not in COUNTS}
+    pooled = ratios(*(scores[name].sum() for name in COUNTS))
+    return means | {f"pooled_{name}": float(value) for name, value in pooled.items()}
 
 
-# ===== Training and validation ========================================================================================
+def confidence_interval(values: np.ndarray) -> list[float]:
+    """95 % confidence interval of the mean of [N] values: percentile bootstrap (Efron 1979), 2000 seeded resamples.
+
+    It is too narrow where several images come from one patient.
+    """
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    return [float(bound) for bound in np.percentile(values[draws].mean(axis=1), (2.5, 97.5))]
+
+
+def hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """95th percentile of the distances between the boundaries of two uint8 0/1 masks [H, W], in pixels.
+
+    The distances from each boundary pixel of either mask to the nearest one of the other, both directions pooled, as
+    in MedPy's hd95 (Huttenlocher et al. 1993 with a percentile for the maximum). A boundary pixel has one of its four
+    neighbours, or the image's border, outside the mask. Both masks empty: 0; one empty: the image's diagonal.
+    """
+    if not prediction.any() or not truth.any():
+        return math.hypot(*truth.shape) if prediction.any() or truth.any() else 0.0
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    edges = [mask - cv2.erode(mask, cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+             for mask in (prediction, truth)]
+    distances = [cv2.distanceTransform(1 - other, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[edge > 0]
+                 for edge, other in (edges, edges[::-1])]
+    return float(np.percentile(np.concatenate(distances), 95))
+
+
+def count_lesions(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
+    """Annotated tumours, those of them that the prediction touches, and predicted ones that touch none.
+
+    Tumours are 8-connected components of uint8 0/1 masks [H, W].
+    """
+    (tumours, places), (guesses, guessed) = cv2.connectedComponents(truth), cv2.connectedComponents(prediction)
+    found, right = (np.unique(labels[other > 0]) for labels, other in ((places, prediction), (guessed, truth)))
+    return tumours - 1, int((found > 0).sum()), guesses - 1 - int((right > 0).sum())
+
+
+# ===== The training step ==============================================================================================
 
 
 def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -1079,9 +894,16 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
         return getattr(torch, precision)
     if device.type == "cuda":
         return torch.float16
-    # Where the processor has no bfloat16 arithmetic, autocast is slower than float32.
-    native = any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
-    return torch.bfloat16 if native and device.type == "cpu" else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and has_native_bfloat16() else torch.float32
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU, and PyTorch's kernels for it, compute in bfloat16; emulated it is slower than float32."""
+    if not torch.backends.mkldnn.is_available() or avx2_only():  # builds for ARM Macs have no oneDNN
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):  # not in PyTorch 2.6
+        return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -1091,161 +913,387 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """GradScaler for float16; for the wider dtypes a disabled one, whose methods pass everything through."""
-    return torch.amp.GradScaler("cuda", enabled=amp_dtype(precision, device) == torch.float16)
+    """GradScaler, which skips a step with bad gradients without asking the GPU; outside float16 its scale stays 1."""
+    float16 = amp_dtype(precision, device) == torch.float16
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if float16 else 1.0)
 
 
-class StepGuard:
-    """What the training step needs to survive bad numbers and a full GPU; one for a whole run.
+class RunningStatistics:
+    """BatchNorm's buffers, remembered before a step: the forward pass changes them before anyone sees its result."""
 
-    The counters stay on the device: reading them in every step would make the processor wait for the GPU.
-    """
+    def __init__(self, model: torch.nn.Module):
+        buffers = list(model.buffers())
+        self.groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in {b.dtype for b in buffers}]
 
-    def __init__(self, model: torch.nn.Module, device: torch.device):
-        self.buffers, self.device = list(model.buffers()), device  # the buffers are BatchNorm's running statistics
-        self.micro_batch = math.inf  # the most images per forward pass; finite once memory has run out
+    def flat(self) -> list[torch.Tensor]:
+        """One flat copy for each dtype: a few kernels, where one for each buffer would be hundreds in every step."""
+        return [torch.cat([buffer.reshape(-1) for buffer in group]) for group in self.groups]
 
-    def start_epoch(self) -> None:
-        """Set the epoch's sums to zero: loss over images, images, dropped steps."""
-        self.loss_sum, self.images, self.dropped = torch.zeros(3, device=self.device).unbind()
-
-    def before_step(self) -> None:
-        """Remember the running statistics: the forward pass changes them before anyone sees its result."""
-        self.saved = [buffer.clone() for buffer in self.buffers]
+    def remember(self) -> None:
+        self.saved = self.flat()
 
     def restore(self, bad: torch.Tensor) -> None:
-        """Put the remembered statistics back where bad (bool, on the device) is true."""
-        for buffer, saved in zip(self.buffers, self.saved):
-            buffer.copy_(torch.where(bad, saved, buffer))
-
-    def after_step(self, loss: torch.Tensor, images: torch.Tensor, bad: torch.Tensor, scaled: bool) -> None:
-        """Count a step. loss: its mean over images; bad: whether it is dropped; scaled: by GradScaler."""
-        self.restore(bad)
-        calibrating = loss.isfinite() & scaled  # GradScaler tries how far it can go: by design, not counted
-        self.dropped = self.dropped + (bad & ~calibrating)
-        self.loss_sum = self.loss_sum + torch.where(bad, 0, loss * images)
-        self.images = self.images + torch.where(bad, 0, images)
-
-    def shrink(self, images: int) -> None:
-        """After a forward pass of so many images ran out of memory: halve them, or give up."""
-        if world_size() > 1:
-            raise TrainerError("a GPU ran out of memory, and several processes cannot repeat a step. What helps: a "
-                               "smaller BATCH_SIZE with more ACCUMULATION_STEPS; a smaller IMG_SIZE", 1)
-        self.micro_batch = half_of(images)
-        self.restore(torch.ones((), dtype=torch.bool, device=self.device))
-        warn(f"out of GPU memory: from now on at most {self.micro_batch} image(s) per forward pass. The gradient "
-             "stays that of the batch, but BatchNorm sees smaller ones. A smaller BATCH_SIZE avoids this.")
+        """Put the remembered values back where bad (bool, on the device) is true. No lerp: NaN would stay NaN."""
+        for group, saved, current in zip(self.groups, self.saved, self.flat()):
+            parts = torch.where(bad, saved, current).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group)])
 
 
-def half_of(images: int) -> int:
-    """How many images to try after so many did not fit into the GPU. Raises TrainerError after a single one."""
-    if images == 1:
-        raise TrainerError("the GPU has too little memory for a single image. What helps: a smaller IMG_SIZE; a "
-                           "smaller ENCODER, e.g. resnet18; closing other programs on the GPU; --device cpu (slow)", 1)
-    torch.cuda.empty_cache()
-    return (images + 1) // 2
+class MemoryLimit:
+    """The most images per forward pass: no limit until memory runs out, then half of what was tried."""
+
+    images = math.inf
+
+    def fit(self, work, images: int, undo=None):
+        """The result of work(size), size being the most images per pass; repeated with half if memory runs out.
+
+        undo: what to do before a repetition. Raises TrainerError when repeating cannot help.
+        """
+        while True:
+            size = int(min(self.images, images))
+            try:
+                return work(size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = one_line(error)
+            # Leaving the block has let go of the failed pass and its graph.
+            if world_size() > 1:
+                raise TrainerError(f"memory ran out ({reason}), and several processes cannot repeat a step. {GO_ON} "
+                                   "What helps: a smaller BATCH_SIZE with more ACCUMULATION_STEPS", 1)
+            if size == 1:
+                raise TrainerError(f"there is too little memory for a single image ({reason}). What helps: a smaller "
+                                   "IMG_SIZE; a smaller ENCODER, e.g. resnet18; closing other programs on the GPU; "
+                                   "--device cpu (slow)", 1)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            self.images = (size + 1) // 2
+            if undo:
+                undo()
+            warn(f"out of memory ({reason}): from now on at most {self.images} image(s) per forward pass. Every image "
+                 "weighs as much as before, but BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
 
 
-def train_one_epoch(model: torch.nn.Module, loader, criterion: torch.nn.Module, optimizer: torch.optim.Optimizer,
+def forward_backward(model, group: list, images_in_step: torch.Tensor, criterion, scaler, cfg: Settings,
+                     device: torch.device, size: int) -> torch.Tensor:
+    """Add up the gradients of a group of batches, at most size images at a time. Returns the loss, a mean over images.
+
+    A function of its own: when memory runs out, leaving it lets go of the graph.
+    """
+    loss = torch.zeros((), device=device)
+    parts = [(images[i:i + size], masks[i:i + size]) for images, masks in group for i in range(0, len(images), size)]
+    for number, (images, masks) in enumerate(parts, 1):
+        exchange = world_size() == 1 or number == len(parts)  # several processes exchange gradients once per step
+        with contextlib.nullcontext() if exchange else model.no_sync():
+            with autocast(cfg.PRECISION, device):
+                logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
+            # Weighted like this, the parts add up to the mean over the images of the step.
+            part = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
+            part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)  # spoils every gradient
+            scaler.scale(part * world_size()).backward()  # DistributedDataParallel takes the mean
+        loss += part.detach()
+    return loss
+
+
+def train_one_epoch(model: torch.nn.Module, loader, criterion, optimizer: torch.optim.Optimizer,
                     scaler: torch.amp.GradScaler, device: torch.device, *, cfg: Settings | None = None,
-                    guard: StepGuard | None = None, epoch: int = 0) -> dict[str, float]:
+                    limit: MemoryLimit | None = None, epoch: int = 0, after_step=None) -> dict[str, float]:
     """One pass over the loader's (images, masks) batches; see to_input() and to_target() for their types.
 
-    criterion: a mean over images. optimizer: any; a fused one skips a bad step without asking the GPU.
+    criterion: (logits, targets) to a mean over images. scaler: of make_scaler(). after_step: called after each step.
     cfg: ACCUMULATION_STEPS, GRAD_CLIP, PRECISION, MEAN and STD are used (default: the constants).
-    Returns train_loss (mean over images), dropped (steps left out because a number was not finite), and persistent
-    (1.0 if these were too many to go on). Raises Interrupted, and TrainerError when memory cannot suffice.
+    Returns train_loss (mean over images; NaN if too many steps were dropped to go on) and dropped (steps left out
+    because a number was not finite). Raises Interrupted, and TrainerError when memory cannot suffice.
     """
-    cfg, device = cfg or default_settings(), torch.device(device)
-    guard = guard or StepGuard(model, device)
-    guard.start_epoch()
+    cfg, device, limit = cfg or default_settings(), torch.device(device), limit or MemoryLimit()
+    float16, statistics = amp_dtype(cfg.PRECISION, device) == torch.float16, RunningStatistics(model)
+    if not scaler.is_enabled():  # as other code has it outside float16; only an enabled one leaves bad steps out
+        scaler = make_scaler("float32", device)
+    # Sums stay on the device: reading them in every step would make the processor wait for the GPU.
+    loss_sum, images_seen, dropped = torch.zeros(3, device=device).unbind()
+    always = torch.ones((), dtype=torch.bool, device=device)
     model.train()
-    steps = math.ceil(len(loader) / cfg.ACCUMULATION_STEPS)
-    batches = iter(loader)
+    steps, batches = math.ceil(len(loader) / cfg.ACCUMULATION_STEPS), iter(loader)
     for _ in progress(range(steps), f"Epoch {epoch + 1}: training"):
         group = list(itertools.islice(batches, cfg.ACCUMULATION_STEPS))  # the last one may be shorter
         images_in_step = torch.full((), float(sum(len(images) for images, _ in group)), device=device)
         if world_size() > 1:
             dist.all_reduce(images_in_step)
-        guard.before_step()
-        done = False
-        while not done:
-            size = min(guard.micro_batch, max(len(images) for images, _ in group))
-            parts = [(images[i:i + size], masks[i:i + size])
-                     for images, masks in group for i in range(0, len(images), size)]
-            loss = torch.zeros((), device=device)
-            try:
-                for number, (images, masks) in enumerate(parts, 1):
-                    last = number == len(parts)  # several processes exchange gradients once per step
-                    with model.no_sync() if world_size() > 1 and not last else contextlib.nullcontext():
-                        with autocast(cfg.PRECISION, device):
-                            logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
-                        # Weighted like this, the parts add up to the mean over the images of the step.
-                        part = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
-                        part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)  # spoils every gradient
-                        scaler.scale(part * world_size()).backward()  # DistributedDataParallel takes the mean
-                    loss += part.detach()
-                done = True
-            except torch.OutOfMemoryError:
-                logits = part = None  # lets go of the graph, before the next try
-            if not done:
-                optimizer.zero_grad()
-                guard.shrink(size)
+        statistics.remember()
+        loss = limit.fit(
+            functools.partial(forward_backward, model, group, images_in_step, criterion, scaler, cfg, device),
+            max(len(images) for images, _ in group), lambda: (optimizer.zero_grad(), statistics.restore(always)))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
-        bad = ~norm.isfinite()
-        fused = optimizer.defaults.get("fused")
-        if fused and not scaler.is_enabled():
-            optimizer.found_inf = bad.float()  # what GradScaler sets otherwise: a fused optimizer skips the step
-        if fused or scaler.is_enabled() or not bad:  # only another optimizer has to wait for the answer
-            scaler.step(optimizer)
-        scaler.update()
+        scaler.step(optimizer)  # leaves the weights as they are if a gradient is not finite
+        scaler.update(None if float16 else 1.0)
         optimizer.zero_grad()
-        guard.after_step(loss, images_in_step, bad, scaler.is_enabled())
-    sums = gather([float(value) for value in (guard.loss_sum, guard.images, guard.dropped)])
+        bad = ~norm.isfinite()
+        statistics.restore(bad)
+        # GradScaler tries how far it can go in float16: a step that only its scale has spoilt is not counted.
+        bad = bad & ~loss.isfinite() if float16 else bad
+        dropped, images_seen = dropped + bad, images_seen + torch.where(bad, 0, images_in_step)
+        loss_sum = loss_sum + torch.where(bad, 0, loss * images_in_step)
+        if after_step:
+            after_step()
+    sums = gather([float(value) for value in (loss_sum, images_seen, dropped)])
     images, dropped = sums[0][1], int(max(part[2] for part in sums))  # every process counts all images of a step
-    gave_up = scaler.is_enabled() and scaler.get_scale() < 1  # GradScaler found no scale at which float16 works
-    return {"train_loss": sum(part[0] for part in sums) / images if images else math.nan, "dropped": dropped,
-            "persistent": float(dropped > steps / 2 or gave_up)}
-
-
-def forward_in_parts(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """model(images) [B, ...], in parts if memory runs out; for evaluation, where images do not see each other."""
-    try:
-        return model(images)
-    except torch.OutOfMemoryError:
-        pass  # leaving the block lets go of what the failed pass still holds
-    parts = images.split(half_of(len(images)))
-    return torch.cat([forward_in_parts(model, part) for part in parts])
+    hopeless = dropped > steps / 2 or float16 and scaler.get_scale() < 1  # no scale at which float16 works
+    return {"train_loss": math.nan if hopeless else sum(part[0] for part in sums) / images, "dropped": dropped}
 
 
 @torch.inference_mode()
-def validate(model: torch.nn.Module, loader, criterion: torch.nn.Module, device: torch.device, *,
-             cfg: Settings | None = None) -> dict[str, float]:
+def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *, cfg: Settings | None = None,
+             limit: MemoryLimit | None = None) -> dict[str, float]:
     """Loss and scores at threshold 0.5 and the network's image size.
 
     Returns valid_loss (mean over images) and summarize() of all images of all processes, none counted twice.
     """
-    cfg, device = cfg or default_settings(), torch.device(device)
+    cfg, device, limit = cfg or default_settings(), torch.device(device), limit or MemoryLimit()
     model.eval()
-    losses, counts = [torch.zeros((), device=device)], [torch.zeros((0, 3), dtype=torch.int64, device=device)]
-    for images, masks in progress(loader, "Validation"):
+
+    def forward(size):  # in evaluation, images do not see each other
         with autocast(cfg.PRECISION, device):
-            logits = forward_in_parts(model, to_input(images, device, cfg.MEAN, cfg.STD)).float()
-        targets = to_target(masks, device)
+            return torch.cat([model(to_input(images[i:i + size], device, cfg.MEAN, cfg.STD)).float()
+                              for i in range(0, len(images), size)])
+
+    losses, found = [torch.zeros((), device=device)], []
+    for images, masks in progress(loader, "Validation"):
+        logits, targets = limit.fit(forward, len(images)), to_target(masks, device)
         losses.append(criterion(logits, targets) * len(images))
-        counts.append(confusion(logits.sigmoid(), targets))
-    parts = gather((float(torch.stack(losses).sum()), torch.cat(counts).cpu().numpy()))
-    counts = np.concatenate([part[1] for part in parts])
-    return {"valid_loss": sum(part[0] for part in parts) / len(counts), **summarize(counts)}
+        found.append(score_images(logits.sigmoid(), targets))
+    parts = gather((float(torch.stack(losses).sum()), [{name: values.cpu() for name, values in scores.items()}
+                                                       for scores in found]))
+    found = [scores for part in parts for scores in part[1]]
+    scores = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return {"valid_loss": sum(part[0] for part in parts) / len(scores["dice"]), **summarize(scores)}
+
+
+# ===== The run, epoch by epoch ========================================================================================
+
+
+class Run:
+    """Everything that changes while a model is trained."""
+
+    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "data")
+    STATEFUL = ("model", "average", "optimizer", "warmup", "plateau", "scaler")
+
+    def __init__(self, cfg: Settings, device: torch.device, data: str, steps_per_epoch: int, state: dict | None):
+        """data: fingerprint of the splits. state: from read_last() to go on, or None to start."""
+        self.cfg, self.device, self.data = cfg, device, data
+        self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
+        self.best_dice, self.history, self.reverted = -1.0, [], False
+        torch.manual_seed(cfg.SEED)
+        no_download = state or cfg.INIT_WEIGHTS  # then the encoder's weights are not needed
+        model, origin = build_model(cfg.ENCODER, None if no_download else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
+        self.weights_from = gather(origin)[0]  # DistributedDataParallel copies the first process's weights to all
+        if cfg.INIT_WEIGHTS and not state:
+            weights = read_weights(cfg.INIT_WEIGHTS)
+            load_weights(model, weights.get("average", weights), cfg.INIT_WEIGHTS)
+            self.weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
+        model.to(device, memory_format=memory_format(device))
+        if world_size() > 1 and device.type == "cuda":  # BatchNorm sees the whole batch, not each GPU's part
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = self.parallel = model
+        if world_size() > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            self.parallel.broadcast_buffers = False  # share_statistics() does, once per epoch
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.averaged, self.current = ([value for value in net.state_dict().values() if value.is_floating_point()]
+                                       for net in (self.average, model))
+        self.decay = 1 - 1 / max(1.0, cfg.AVERAGE_EPOCHS * steps_per_epoch)  # 0: the average is the last weights
+        random_start = self.weights_from.startswith("random")
+        # Fused: one kernel for all parameters, and it can skip a bad step without asking the GPU.
+        self.optimizer = torch.optim.AdamW(model.parameters(), cfg.LR_RANDOM_START if random_start else cfg.LR,
+                                           weight_decay=cfg.WEIGHT_DECAY, fused=True)
+        self.warmup = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / max(1, cfg.WARMUP_STEPS),
+                                                        total_iters=cfg.WARMUP_STEPS)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, mode="max", factor=cfg.PLATEAU_FACTOR, patience=cfg.PLATEAU_PATIENCE, threshold=0)
+        self.scaler, self.limit = make_scaler(cfg.PRECISION, device), MemoryLimit()
+        if state:
+            self.load(state)
+        else:
+            say(f"Learning rate {self.warmup.base_lrs[0]:g} ({'LR_RANDOM_START' if random_start else 'LR'}), because "
+                f"the weights to start from are: {self.weights_from}.")
+        if cfg.COMPILE:
+            model.compile()  # in place: the names of the weights stay as they are
+            self.average.compile()
+
+    def fit(self, loaders: dict, criterion, writer: CheckpointWriter) -> None:
+        """Train until EPOCHS, or until EARLY_STOPPING ends it. Raises TrainerError and Interrupted."""
+        cfg, images = self.cfg, len(loaders["train"].dataset)
+        first_epoch, started = self.epoch, time.perf_counter()
+        previous = started
+        while self.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and self.waited >= cfg.EARLY_STOPPING):
+            began = time.perf_counter()
+            loaders["train"].batch_sampler.set_epoch(self.epoch)
+            torch.manual_seed(int(np.random.default_rng([cfg.SEED, self.epoch]).integers(2**63)))  # for dropout
+            trained = train_one_epoch(self.parallel, loaders["train"], criterion, self.optimizer, self.scaler,
+                                      self.device, cfg=cfg, limit=self.limit, epoch=self.epoch,
+                                      after_step=self.after_step)
+            speed = images / (time.perf_counter() - began)
+            self.share_statistics()
+            scores = validate(self.average, loaders["valid"], criterion, self.device, cfg=cfg, limit=self.limit)
+            if not math.isfinite(trained["train_loss"] + scores["valid_loss"]):
+                writer.wait()
+                gather("the state is written")
+                self.revert(writer.output, f"epoch {self.epoch + 1}: the loss or its gradient is not finite "
+                            f"({trained['dropped']} steps dropped, validation loss {scores['valid_loss']:.4g})")
+                continue
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.plateau.step(scores["dice"])
+            self.epoch += 1
+            improved = scores["dice"] > self.best_dice
+            self.waited = 0 if improved else self.waited + 1
+            if improved:
+                self.best_dice, self.best_epoch = scores["dice"], self.epoch
+            now = time.perf_counter()  # the time from line to line holds everything, saving too
+            self.history.append({"epoch": self.epoch, **trained, **scores, "lr": lr,
+                                 "images_per_second": round(speed, 2), "seconds": round(now - previous, 2)})
+            previous = now
+            if rank() == 0:
+                writer.wait()
+                writer.start(self.state())
+            left = (now - started) / (self.epoch - first_epoch) * (cfg.EPOCHS - self.epoch)
+            say(epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved))
+        if self.epoch < cfg.EPOCHS:
+            say(f"Stopped early: no better validation Dice for {self.waited} epochs (EARLY_STOPPING).")
+
+    def after_step(self) -> None:
+        """Let the warm-up and the moving average of weights and running statistics follow a training step."""
+        self.warmup.step()
+        steps = self.warmup.last_epoch
+        # At first the average is over few steps; a fixed decay would keep the random start for too long.
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+
+    def share_statistics(self) -> None:
+        """Give all processes the running statistics of the first, which the checkpoint will hold."""
+        for averaged, own in zip(self.average.buffers(), self.model.buffers()):
+            if not own.is_floating_point():  # BatchNorm counts its batches
+                averaged.copy_(own)
+            if world_size() > 1:
+                dist.broadcast(own, 0)
+                dist.broadcast(averaged, 0)
+
+    def state(self) -> dict:
+        """A snapshot of everything: tensors on the CPU and plain values only, so that it can be read safely."""
+        return to_cpu({name: getattr(self, name) for name in self.PLAIN}
+                      | {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+                      | {"format": FORMAT, "settings": vars(self.cfg)})
+
+    def load(self, state: dict) -> None:
+        """Go on from a state. Raises TrainerError when it belongs to other data."""
+        if state["data"] != self.data:
+            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
+                               "back, or start a new run in another OUTPUT_DIR")
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        if self.reverted:
+            self.go_on_in_float32()
+        for name in self.STATEFUL:
+            if name in ("model", "average"):
+                load_weights(getattr(self, name), state[name], LAST)
+            elif name != "scaler" or (state[name]["scale"] == 1) == (self.scaler.get_scale() == 1):
+                getattr(self, name).load_state_dict(state[name])  # a scale must not pass between precisions
+        # A fused optimizer walks through weights and moments side by side: in different formats it would mix them up.
+        for weight, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(weight).copy_(moments[name])
+
+    def go_on_in_float32(self) -> None:
+        """Leave float16 and bfloat16 for good."""
+        self.reverted, self.cfg.PRECISION = True, "float32"
+        self.scaler = make_scaler("float32", self.device)
+
+    def revert(self, output: Path, why: str) -> None:
+        """Once: back to the last saved state, and on in float32. Raises TrainerError the second time."""
+        if self.reverted:
+            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. "
+                               "Look at training_samples.png for damaged data, or try a smaller LR.", 1)
+        self.load(read_weights(output / LAST))
+        self.go_on_in_float32()
+        warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
+
+
+def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> str:
+    """The line that is printed for an epoch. scores: of validate()."""
+    return (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train_loss {row['train_loss']:.4f}  {in_words(scores)}"
+            f"  lr {row['lr']:.1e}  {row['images_per_second']:6.1f} img/s  {row['seconds']:6.1f} s  left {left}"
+            + (f"  dropped {row['dropped']}" if row["dropped"] else "") + ("  * best" if improved else ""))
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """Mean scores for a printed line; of the pooled ones only Dice."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
+                     if name == "pooled_dice" or not name.startswith("pooled_"))
+
+
+def train(cfg: Settings, resume: bool) -> None:
+    """Train, keep the best model, then evaluate it."""
+    device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+    set_up_machine(cfg, device)
+    describe_machine(cfg, device)
+    state = read_last(cfg) if resume else None
+    with held_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
+        loaders = {}
+        for name in ("train", "valid"):
+            dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
+                                        records=splits[name].records, cache=cache)
+            loaders[name] = make_loader(dataset, cfg, train=name == "train")
+        steps_per_epoch = math.ceil(len(loaders["train"]) / cfg.ACCUMULATION_STEPS)
+        run = Run(cfg, device, fingerprint(splits), steps_per_epoch, state)
+        with CheckpointWriter(output, describe_run(cfg, device, splits, run.weights_from)) as writer:
+            if state:
+                say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch "
+                    f"{run.best_epoch}).")
+                if run.epoch >= cfg.EPOCHS:
+                    say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
+                elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
+                    run.waited = 0  # it had stopped early, and more epochs are asked for
+                writer.repair(state)
+            elif rank() == 0:
+                keep_earlier_run(output)
+                plot_samples(output / "training_samples.png", loaders["train"].dataset)
+                writer.write(run.state())  # before workers are forked, and so that there is a state to go back to
+            STOP.saved = True
+            run.fit(loaders, LOSSES[cfg.LOSS], writer)
+        if rank() == 0 and run.history:
+            plot_history(output / "training_history.png", run.history)
+        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
+        gather("the best model is written")
+        del loaders, run  # ends the workers and frees the GPU before the evaluation
+        evaluate_checkpoint(cfg, output / BEST, splits, cache)
+    say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
+        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
+
+
+def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], weights_from: str) -> dict:
+    """The record of a run, for the JSON beside its best model: what other code needs, and where it comes from."""
+    modules = (torch, torchvision, smp, A, cv2, np, matplotlib)
+    return {
+        "architecture": cfg.ARCHITECTURE, "encoder": cfg.ENCODER, **prediction_settings(cfg), "settings": vars(cfg),
+        "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
+        "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
+        "data_counts": {name: {"images": len(split.records), "annotations": split.annotations,
+                               "without_tumour": sum(not row.rles for row in split.records),
+                               "skipped": split.skipped, "look_like_train": split.like_train}
+                        for name, split in splits.items()}}
 
 
 # ===== Checkpoints ====================================================================================================
 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
-NEW = "new_run"  # folder of a run without a complete checkpoint, as long as OUTPUT_DIR holds an earlier run
-FIRST_FILES = ("training_samples.png", BEST, "unet_plusplus_best.json", LAST)  # those of a first checkpoint
-RUN_FILES = ("training_history.csv", "training_history.png", "test_metrics.csv", "test_predictions.png", *FIRST_FILES)
+RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
+             "test_metrics.csv", "test_predictions.png", LAST)
+FORMAT = 2  # of the state in LAST
+SECONDS_BETWEEN_PLOTS = 10.0  # drawing takes as long as a short epoch
+# A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
+RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE", "DETERMINISTIC",
+                     "CACHE_GB", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE", "ACCUMULATION_STEPS", "ENCODER_WEIGHTS",
+                     "INIT_WEIGHTS", "SKIP_BAD_IMAGES", "TEST_TIME_AUGMENTATION")
 
 
 def to_cpu(value):
@@ -1255,28 +1303,93 @@ def to_cpu(value):
     """
     if isinstance(value, torch.Tensor):
         if not torch.isfinite(value).all():
-            raise TrainerError("the model holds numbers that are not finite, and was not saved; go on with --resume", 1)
+            raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+class CheckpointWriter:
+    """Writes what an epoch leaves, in one background thread behind the work of the next epoch.
 
-
-def write_record(checkpoint: Path, record: dict, content: bytes | None = None) -> None:
-    """Write the JSON beside a checkpoint, with the digest that ties the two together.
-
-    content: of a new checkpoint, which is written afterwards. Until then the JSON fits the one before, too: whenever
-    the run is killed, there is a pair.
+    It sees CPU tensors only. The order of writing is one that repair() can mend: the state, the best weights, the JSON
+    with their digest, then table and plot. One state is under way at a time: a kill costs the epoch that runs and, at
+    most, the one before. What goes wrong in the thread is raised by the next wait().
     """
-    before = digest_of(checkpoint) if checkpoint.is_file() else None
-    record |= {"checkpoint": checkpoint.name, "sha256": hashlib.sha256(content).hexdigest() if content else before,
-               "sha256_before": before if content else None}
-    content = json.dumps(record, indent=2, ensure_ascii=False)
+
+    def __init__(self, output: Path, record: dict):
+        """record: of the run, for the JSON."""
+        self.output, self.record = output, record
+        self.thread = self.error = None
+        self.plotted = -math.inf  # when, on time.monotonic()'s clock
+
+    def write(self, state: dict) -> None:
+        """Write a state and what belongs to it. Raises TrainerError; files that are not written stay as they were."""
+        write_file(self.output / LAST, lambda file: torch.save(state, file), required=True)
+        if state["epoch"] and state["epoch"] == state["best_epoch"]:
+            self.write_best(state)
+        if state["history"]:
+            write_table(self.output / "training_history.csv", state["history"])
+            if time.monotonic() - self.plotted > SECONDS_BETWEEN_PLOTS:
+                plot_history(self.output / "training_history.png", state["history"])
+                self.plotted = time.monotonic()
+
+    def write_best(self, state: dict) -> None:
+        """The averaged weights of a state as best model, and the JSON that describes them."""
+        content = io.BytesIO()
+        torch.save({name: (value.float() if value.is_floating_point() else value).contiguous()
+                    for name, value in state["average"].items()}, content)
+        write_file(self.output / BEST, content.getbuffer(), required=True)
+        write_record(self.output / BEST, self.record | {
+            "best_epoch": state["epoch"], "valid_metrics_at_img_size": state["history"][-1],
+            "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
+
+    def start(self, state: dict) -> None:
+        """Write a state in the background. wait() comes first."""
+        def work():
+            try:
+                self.write(state)
+            except BaseException as error:  # raised again by wait(), in the thread that can act on it
+                self.error = error
+
+        self.thread = threading.Thread(target=work, daemon=True)  # a second Ctrl-C does not wait for it
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last state is written; raises what went wrong. In slices: Windows has no Ctrl-C in a join."""
+        while self.thread and self.thread.is_alive():
+            self.thread.join(0.2)
+        self.thread, error, self.error = None, self.error, None
+        try:
+            if error:
+                raise error
+        finally:
+            del error  # or this frame and the error hold each other, and with them loaders and workers
+
+    def repair(self, state: dict) -> None:
+        """Write what a killed run may have left unwritten after its last state."""
+        if rank() or not state["epoch"]:
+            return
+        if read_record(self.output / BEST)[0].get("best_epoch") != state["best_epoch"]:
+            if state["epoch"] == state["best_epoch"]:
+                self.write_best(state)
+            else:
+                warn(f"{BEST} and its JSON are not the best model of this run, that of epoch {state['best_epoch']}.\n"
+                     "The next better epoch writes them anew.")
+        write_table(self.output / "training_history.csv", state["history"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, _error, _traceback):
+        if kind is not KeyboardInterrupt:
+            self.wait()
+
+
+def write_record(checkpoint: Path, record: dict) -> None:
+    """Write the JSON beside a checkpoint; its "sha256" ties the two together."""
+    content = json.dumps(record | {"checkpoint": checkpoint.name}, indent=2, ensure_ascii=False)
     write_file(checkpoint.with_suffix(".json"), content.encode("utf-8"), required=True)
 
 
@@ -1285,7 +1398,7 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
     path = checkpoint.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if digest_of(checkpoint) in (record["sha256"], record.get("sha256_before")):
+        if record["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest():
             return record, ""
         return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
@@ -1294,9 +1407,53 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
         return {}, f"{path.name} is damaged"
 
 
+def read_last(cfg: Settings) -> dict:
+    """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
+    path = Path(cfg.OUTPUT_DIR) / LAST
+    if not path.is_file():
+        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the "
+                           "run's folder with OUTPUT_DIR")
+    state = read_weights(path)
+    if "settings" in state and state.get("format") != FORMAT:
+        raise TrainerError(f"{path} was written by another version of this script; finish that run with that version, "
+                           f"or start a new one from its best model: --init-weights {path.with_name(BEST)}")
+    if missing := {"settings", *Run.PLAIN, *Run.STATEFUL} - set(state):
+        raise TrainerError(f"{path} is not the state of a run of this script: it has no {', '.join(sorted(missing))}")
+    old, new = [settings | {"images per step": settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"]}
+                for settings in (state["settings"], vars(cfg))]
+    differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in new
+               if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
+    if differs:
+        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, "
+                           "or start a new run in another OUTPUT_DIR. What may change: "
+                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
+    return state
+
+
+def keep_earlier_run(output: Path) -> None:
+    """Move the files of an earlier run into a folder of their own, the state last, and say how to go on with it."""
+    files = [output / name for name in RUN_FILES if (output / name).is_file()]
+    if not files:
+        return
+    stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(files[-1].stat().st_mtime))
+    folder = next(path for number in itertools.count(1) if not (path := output / f"{stamp}_{number}").exists())
+    folder.mkdir()
+    for file in files:
+        os.replace(file, folder / file.name)
+    say(f"The earlier run of this folder is now in {folder}.")
+    if files[-1].name == LAST:
+        say(f"To go on with it, stop this one (Ctrl-C) and add to its command: --resume --output-dir {folder}")
+
+
+# ===== Evaluation and prediction, through the same path ===============================================================
+
+THRESHOLDS = np.round(np.arange(0.05, 0.96, 0.05), 2)
+
+
 def prediction_settings(cfg: Settings) -> dict:
     """What predict_mask() has to know beside the weights."""
-    return {"img_size": cfg.IMG_SIZE, "mean": cfg.MEAN, "std": cfg.STD, "threshold": 0.5}
+    return {"img_size": cfg.IMG_SIZE, "mean": cfg.MEAN, "std": cfg.STD, "threshold": 0.5,
+            "test_time_augmentation": cfg.TEST_TIME_AUGMENTATION}
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
@@ -1304,36 +1461,39 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     """Load a checkpoint of this script for prediction, with the settings in the JSON beside it.
 
     device: where to put the model; default: DEVICE. cfg (default: the constants) is used instead, with a warning, when
-    there is no JSON or only one of another checkpoint. Raises TrainerError when the file is missing, damaged or unfit.
+    there is no JSON or only one of another checkpoint. The model gets two attributes: record, the content of the JSON,
+    and prediction_settings. Raises TrainerError when the file is missing, damaged or unfit.
     """
     checkpoint, cfg = Path(checkpoint), cfg or default_settings()
-    weights = read_weights(checkpoint)
-    record, problem = read_record(checkpoint)
+    weights, (record, problem) = read_weights(checkpoint), read_record(checkpoint)
     settings = prediction_settings(cfg)
     if problem:
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
-    model = build_model(record.get("encoder", cfg.ENCODER))[0]
-    fit_weights(model, weights, checkpoint)
-    model.prediction_settings = settings | {name: record[name] for name in settings if record}
-    return model.to(device or cfg.DEVICE).eval()
-
-
-# ===== Prediction, and evaluation through the same path ===============================================================
-
-THRESHOLDS = np.round(np.arange(0.05, 0.96, 0.05), 2)
+    model = build_model(record.get("encoder", cfg.ENCODER), None,
+                        record.get("architecture", "unetplusplus" if record else cfg.ARCHITECTURE))[0]
+    load_weights(model, weights, checkpoint)
+    model.record = record
+    model.prediction_settings = {name: record.get(name, value) for name, value in settings.items()}
+    device = torch.device(device or cfg.DEVICE)
+    return model.to(device, memory_format=memory_format(device)).eval()
 
 
 @torch.inference_mode()
 def predict_probability(model: torch.nn.Module, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Tumour probability, float32 [height, width], of an already resized RGB uint8 [S, S, 3] image.
+    """Tumour probability, float32 [height, width], of a resized RGB uint8 [S, S, 3] image, by a model in eval mode.
 
-    In float32 on every device, so that the scores of this script are those that other code gets.
+    Without autocast, on every device, so that the scores of this script are those that other code gets.
     """
-    settings, training = model.prediction_settings, model.training
+    settings = model.prediction_settings
     images = to_input(image[None], next(model.parameters()).device, settings["mean"], settings["std"])
-    logits = forward_in_parts(model.eval(), images)
-    model.train(training)
-    return resize(logits.sigmoid()[0, 0].cpu().numpy(), height, width)
+    views = [(turns, flip) for flip in (False, True) for turns in range(4)]
+    views = views if settings["test_time_augmentation"] else views[:1]
+    total = 0
+    for turns, flip in views:
+        view = torch.rot90(images.flip(3) if flip else images, turns, (2, 3))
+        part = torch.rot90(model(view).float().sigmoid(), -turns, (2, 3))
+        total = total + (part.flip(3) if flip else part)
+    return resize((total / len(views))[0, 0].cpu().numpy(), height, width)
 
 
 def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
@@ -1347,13 +1507,19 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
     if not hasattr(model, "prediction_settings"):
         model.prediction_settings = prediction_settings(default_settings())
         warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
-    size = model.prediction_settings["img_size"]
+    size, training = model.prediction_settings["img_size"], model.training
     small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
-    probability = predict_probability(model, small, *image.shape[:2])
-    return (probability >= np.float32(model.prediction_settings["threshold"])).astype(np.uint8)
+    probability = predict_probability(model.eval(), small, *image.shape[:2])
+    model.train(training)
+    return at_threshold(probability, model.prediction_settings["threshold"])
 
 
-def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def at_threshold(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Mask uint8 0/1: tumour is probability >= threshold, compared in float32."""
+    return (probability >= np.float32(threshold)).astype(np.uint8)
+
+
+def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> np.ndarray:
     """(TP, FP, FN) at every threshold: int64 [T, 3], from float32 probabilities and a 0/1 mask of the same shape."""
     passed = np.searchsorted(thresholds.astype(np.float32), probability.ravel(), side="right")  # how many it reaches
     inside = mask.ravel() > 0
@@ -1362,68 +1528,97 @@ def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.n
     return np.stack([tp, fp, inside.sum() - tp], axis=-1)
 
 
-def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, thresholds: np.ndarray, name: str) -> np.ndarray:
-    """Counts at the annotations' resolution for every image and threshold: int64 [N, T, 3]; one image in memory."""
-    counts = {}
-    for i in progress(range(rank(), len(dataset), world_size()), f"Scoring {name}"):
-        truth = dataset.records[i].mask()
-        counts[i] = count_thresholds(predict_probability(model, dataset.sample(i)[0], *truth.shape), truth, thresholds)
-    counts = {i: rows for part in gather(counts) for i, rows in part.items()}
-    return np.stack([counts[i] for i in range(len(dataset))])
+def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict[str, float]:
+    """All scores of one image at the annotation's resolution: a row of test_metrics.csv."""
+    prediction = at_threshold(probability, threshold)
+    tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
+    row = {name: float(value) for name, value in score_images(*tensors, threshold).items()}
+    lesions = zip(("lesions", "lesions_found", "false_lesions"), count_lesions(prediction, mask))
+    return row | {"hd95_px": hd95(prediction, mask)} | dict(lesions)
+
+
+def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, name: str) -> list:
+    """score(probability, mask) of every image, at the annotations' resolution.
+
+    Threads score while the next images are predicted; a few images for each core are in memory.
+    """
+    found, waiting = [], deque()
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for i in progress(range(rank(), len(dataset), world_size()), f"Scoring {name}"):
+            record = dataset.records[i]
+            probability = predict_probability(model, dataset.sample(i)[0], record.height, record.width)
+            waiting.append(pool.submit(lambda p, record: score(p, record.mask()), probability, record))
+            if len(waiting) > 2 * available_cores():
+                found.append(waiting.popleft().result())
+        found += [job.result() for job in waiting]
+    parts = gather(found)
+    return [parts[i % world_size()][i // world_size()] for i in range(len(dataset))]
 
 
 def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """Find the threshold on valid, score test with it, write the tables and pictures, and update the record."""
-    model, output, record = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR), read_record(checkpoint)[0]
-    dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, model.prediction_settings["img_size"],
-                                       records=split.records, cache=cache) for name, split in splits.items()}
-    counts = evaluate_split(model, dataset["valid"], THRESHOLDS, "valid")
-    dice = score_images(counts)["dice"].mean(axis=0)
+    model, output = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR)
+    record, settings = model.record, model.prediction_settings
+    settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
+    dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], records=split.records,
+                                       cache=cache) for name, split in splits.items()}
+    counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], count_thresholds, "valid"))).double()
+    dice = ratios(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
     best = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = best[np.abs(THRESHOLDS[best] - 0.5).argmin()]  # of equally good ones the least extreme
-    threshold = model.prediction_settings["threshold"] = float(THRESHOLDS[chosen])
-    record |= {"threshold": threshold, "valid_metrics": summarize(counts[:, chosen])}
-    line = "  {:<8} {:>6}  {dice:.4f}  {iou:.4f}     {precision:.4f}  {recall:.4f}        {pooled_dice:.4f}"
-    say(f"\nThreshold {threshold:.2f} gives the best Dice on valid.\n"
-        "Means over images at the original resolution; both masks empty scores 1, only one of them empty 0:\n"
-        "           images    Dice     IoU  precision  recall   pooled Dice\n"
-        + line.format("valid", len(counts), **record["valid_metrics"]))
+    threshold = settings["threshold"] = float(THRESHOLDS[chosen])
+    valid = dict(zip(COUNTS, counts[:, chosen].unbind(-1)))
+    record |= settings | {"valid_metrics": summarize(ratios(*valid.values()) | valid)}
+    say(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Means over images at the original resolution;\n"
+        "both masks empty scores 1, only one of them empty 0:")
+    say(f"  valid  {len(counts)} images  {in_words(record['valid_metrics'])}")
     if "test" in dataset:
-        counts = evaluate_split(model, dataset["test"], THRESHOLDS[chosen:chosen + 1], "test")[:, 0]
-        record["test_metrics"], scores = summarize(counts), score_images(counts)
-        say(line.format("test", len(counts), **record["test_metrics"]))
+        rows = evaluate_split(model, dataset["test"], functools.partial(score_test_image, threshold=threshold), "test")
+        record["test_metrics"] = report_test(rows)
         if rank() == 0:
+            records = dataset["test"].records
             write_table(output / "test_metrics.csv", [
-                {"file_name": row.file_name, **{name: f"{values[i]:.6f}" for name, values in scores.items()},
-                 **dict(zip(("true_positive_px", "false_positive_px", "false_negative_px"), map(int, counts[i])))}
-                for i, row in enumerate(dataset["test"].records)])
-            plot_predictions(output / "test_predictions.png", model, dataset["test"].records, scores["dice"])
-    if rank() == 0 and "encoder" in record:  # nothing is written beside a checkpoint whose origin is unknown
+                {"file_name": image.file_name} | {name: f"{value:.6f}".removesuffix(".000000")
+                                                  for name, value in row.items()} for image, row in zip(records, rows)])
+            plot_predictions(output / "test_predictions.png", model, records, np.array([row["dice"] for row in rows]))
+    for name, found in record.get("data_counts", {}).items():
+        if found.get("look_like_train"):
+            say(f"  {LIKE_TRAIN.format(found['look_like_train'], found['images'], name)}")
+    if rank() == 0 and record.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
         write_record(checkpoint, record)
     if str(record.get("encoder_weights_from")).startswith("random ("):
         warn("this model started from RANDOM weights, because the ImageNet weights could not be had "
              f"{record['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they need be.")
 
 
+def report_test(rows: list[dict[str, float]]) -> dict:
+    """Print what the rows of test_metrics.csv come to. Returns it for the JSON."""
+    columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+    found = {name: int(columns.pop(name).sum()) for name in ("lesions", "lesions_found", "false_lesions")}
+    found |= {"hd95_px": float(columns.pop("hd95_px").mean())}
+    found |= {f"{name}_95_ci": confidence_interval(columns[name]) for name in ("dice", "iou")}
+    metrics = summarize({name: torch.from_numpy(values) for name, values in columns.items()})
+    say(f"  test   {len(rows)} images  {in_words(metrics)}\n"
+        "  95 % confidence interval of the mean: dice {:.4f} to {:.4f}, iou {:.4f} to {:.4f} (too narrow if several "
+        "images\n  come from one patient)".format(*found["dice_95_ci"], *found["iou_95_ci"])
+        + f"\n  HD95 {found['hd95_px']:.1f} px; {found['lesions_found']} of {found['lesions']} tumours touched, "
+        f"{found['false_lesions']} predicted where there is none")
+    return metrics | found
+
+
 def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
 
-    Nothing that exists is overwritten: a taken name gets a number. What this script has written (a mask and an overlay
-    side by side) is no input.
+    Nothing that exists is overwritten: a taken name gets a number. Masks, overlays and pictures of runs, as their names
+    tell, are left out of folders.
     """
-    files, own, bad = [], 0, []
+    files, bad = [], []
     for source in map(Path, sources):
         if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
-        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-            twins = [path.with_name(re.sub(r"_(mask|overlay)(?=(_\d+)?\.png$)", f"_{kind}", path.name))
-                     for kind in ("mask", "overlay")]
-            if path.name in RUN_FILES or twins[0] != twins[1] and all(twin.exists() for twin in twins):
-                own += 1
-            elif path == source or path.suffix.lower() in IMAGE_SUFFIXES:
-                files.append(path)
-    if own:
-        say(f"Left out {own} file(s) that this script has written.")
+        files += [source] if source.is_file() else [
+            path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
+            and path.name not in RUN_FILES and not re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)]
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     model = load_model(checkpoint, cfg=cfg)
@@ -1435,13 +1630,12 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
             continue
         mask = predict_mask(model, image)
         for number in itertools.count(1):
-            suffix = f"_{number}.png" if number > 1 else ".png"
-            targets = [Path(cfg.OUTPUT_DIR) / f"{path.stem}_{kind}{suffix}" for kind in ("mask", "overlay")]
-            if not any(target.exists() for target in targets):
+            targets = [f"{path.stem}_{kind}{f'_{number}' * (number > 1)}.png" for kind in ("mask", "overlay")]
+            if not any((Path(cfg.OUTPUT_DIR) / name).exists() for name in targets):
                 break
-        for target, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
-            write_image(target, picture)
-        say(f"{path}: {100 * mask.mean():.2f} % tumour -> {targets[0].name}, {targets[1].name}")
+        for name, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
+            write_image(Path(cfg.OUTPUT_DIR) / name, picture)
+        say(f"{path}: {100 * mask.mean():.2f} % tumour -> {', '.join(targets)}")
     if bad:
         raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{listed(bad)}")
 
@@ -1460,23 +1654,17 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None =
     return out
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
-    figure.tight_layout()
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
 def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str = "") -> None:
     """A grid of (picture, caption): RGB uint8 [H, W, 3] or mask uint8 0/1 [H, W]."""
     columns = max(map(len, rows))
-    figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows)))
+    figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows)), layout="constrained")  # room for the title
     for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
         for axis, (picture, caption) in itertools.zip_longest(axes, row, fillvalue=(np.ones((1, 1, 3)), "")):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if picture.ndim == 2 else None)
             axis.set_title(caption.encode("ascii", "replace").decode(), fontsize=7)  # its font has no CJK letters
             axis.axis("off")
     figure.suptitle(title)
-    save_figure(path, figure)
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
@@ -1492,16 +1680,10 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
     plot_grid(path, rows, "Training images as the network sees them, tumour outlined in green")
 
 
-def write_history(output: Path, history: list[dict]) -> None:
-    """The table of all epochs, and its plot."""
-    write_table(output / "training_history.csv", history)
-    plot_history(output / "training_history.png", history)
-
-
 def plot_history(path: Path, history: list[dict]) -> None:
     """Losses, validation Dice and IoU, and learning rate over the epochs; the best epoch is marked."""
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
-    figure = Figure(figsize=(15, 4.5))
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     panels = (("Loss", {"train_loss": "training", "valid_loss": "validation"}),
               ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "AdamW"}))
     for axis, (title, lines) in zip(figure.subplots(1, 3), panels):
@@ -1513,7 +1695,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    save_figure(path, figure)
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2):
@@ -1533,113 +1715,148 @@ def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], 
     plot_grid(path, rows, "Test images (in the overlay green: truth, red: prediction)")
 
 
-# ===== A run from start to end ========================================================================================
+# ===== Plumbing: command line =========================================================================================
+
+# The least value of each number; where it stands without a decimal point, whole numbers only.
+MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WARMUP_STEPS": 0,
+           "WEIGHT_DECAY": 0.0, "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "AVERAGE_EPOCHS": 0.0, "PLATEAU_PATIENCE": 0,
+           "EARLY_STOPPING": 0, "SEED": 0}
+RULES = {  # what else a setting must satisfy, in words and as a test
+    "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
+    "IMG_SIZE": ("a multiple of 32, at most 4096", lambda v: v % 32 == 0 and v <= 4096),
+    "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
+    "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
+    "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
+    "ARCHITECTURE": (f"one of {', '.join(smp.MODEL_ARCHITECTURES_MAPPING)}",
+                     lambda v: v in smp.MODEL_ARCHITECTURES_MAPPING),
+    "ENCODER": ("an encoder of segmentation_models_pytorch",
+                lambda v: v in smp.encoders.get_encoder_names() or v.startswith("tu-")),
+    "LR": ("a number above 0", lambda v: 0 < v < math.inf),
+    "LR_RANDOM_START": ("a number above 0", lambda v: 0 < v < math.inf),
+    "LOSS": (f"one of {', '.join(LOSSES)}", lambda v: v in LOSSES),
+    "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
+    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun (README.md, "
+               "'GPU'; --device cpu always works)",
+               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
+               >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+    "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
+}
+STARTING_RULES = {  # what a new run needs besides
+    "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
+    "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
+}
 
 
-class Run:
-    """Everything that changes while a model is trained, and its state on disk."""
-
-    def __init__(self, cfg: Settings, device: torch.device, data: str, state: dict | None):
-        """data: fingerprint of the splits. state: from read_last() to go on, or None to start."""
-        self.cfg, self.device, self.data = cfg, device, data
-        self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
-        self.best_dice, self.history, self.reverted = -1.0, [], False
-        torch.manual_seed(cfg.SEED)
-        own_start = state or cfg.INIT_WEIGHTS  # then the encoder's weights are not needed
-        self.model, self.weights_from = build_model(cfg.ENCODER, None if own_start else cfg.ENCODER_WEIGHTS)
-        if cfg.INIT_WEIGHTS and not state:
-            weights = read_weights(cfg.INIT_WEIGHTS)
-            fit_weights(self.model, weights.get("model", weights), cfg.INIT_WEIGHTS)
-            self.weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
-        self.model.to(device, memory_format=memory_format(device))
-        if world_size() > 1 and device.type == "cuda" and cfg.SYNC_BATCHNORM:
-            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        # Fused: one kernel for all parameters, and it can skip a bad step without asking the GPU.
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), cfg.LR, weight_decay=cfg.WEIGHT_DECAY, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, mode="max", factor=cfg.PLATEAU_FACTOR, patience=cfg.PLATEAU_PATIENCE, threshold=0)
-        self.scaler, self.guard = make_scaler(cfg.PRECISION, device), StepGuard(self.model, device)
-        if state:
-            self.load(state)
-        if cfg.COMPILE:
-            self.model.compile()  # in place: the names of the weights stay as they are
-        # Buffers are shared explicitly before validation instead of in every forward pass.
-        self.parallel = self.model if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
-            self.model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False)
-
-    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "data")
-    STATEFUL = ("model", "optimizer", "scheduler", "scaler")
-
-    def state(self) -> dict:
-        """The complete state: tensors on the CPU and plain values only, so that it can be read safely."""
-        return to_cpu({name: getattr(self, name) for name in self.PLAIN}
-                      | {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-                      | {"settings": vars(self.cfg), "random": torch.get_rng_state()})
-
-    def load(self, state: dict) -> None:
-        """Go on from a state. Raises TrainerError when it belongs to other data."""
-        if state["data"] != self.data:
-            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
-                               "back, or start a new run in another OUTPUT_DIR")
-        for name in self.PLAIN:
-            setattr(self, name, state[name])
-        if self.reverted:
-            self.go_on_in_float32()
-        fit_weights(self.model, state["model"], LAST)
-        for name in self.STATEFUL[1:]:
-            if state[name]:  # a GradScaler that is not in use has no state
-                getattr(self, name).load_state_dict(state[name])
-        # A fused optimizer walks through weights and moments side by side: in different formats it would mix them up.
-        for weight, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(weight).copy_(moments[name])
-        torch.set_rng_state(state["random"])
-
-    def go_on_in_float32(self) -> None:
-        """Leave float16 and bfloat16 for good."""
-        self.reverted, self.cfg.PRECISION = True, "float32"
-        self.scaler = make_scaler("float32", self.device)
-
-    def revert(self, state: dict, why: str) -> None:
-        """Once: back to the last good state, and on in float32. Raises TrainerError the second time."""
-        if self.reverted:
-            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. "
-                               "Look at training_samples.png for damaged data, or try a smaller LR.", 1)
-        self.load(state)
-        self.go_on_in_float32()
-        warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
-
-    def save(self, output: Path, improved: bool, record: dict) -> None:
-        """Write the best model before the last state: whenever the run is killed, resuming repeats what is missing."""
-        if improved:
-            weights = to_cpu({name: (value.float() if value.is_floating_point() else value).contiguous()
-                              for name, value in self.model.state_dict().items()})
-            content = io.BytesIO()
-            torch.save(weights, content)
-            write_record(output / BEST, record, content.getvalue())
-            write_file(output / BEST, content.getvalue(), required=True)
-        state = self.state()
-        write_file(output / LAST, lambda file: torch.save(state, file), required=True)
+def default_settings() -> Settings:
+    """The constants, as they are now."""
+    return Settings(**{name: globals()[name] for name in CONSTANTS})
 
 
-def read_last(cfg: Settings) -> dict:
-    """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
-    path = Path(cfg.OUTPUT_DIR) / LAST
-    if not path.is_file():
-        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the "
-                           "run's folder with OUTPUT_DIR")
-    state = read_weights(path)
-    if missing := {"settings", "random", *Run.PLAIN, *Run.STATEFUL} - set(state):
-        raise TrainerError(f"{path} is not the state of a run of this script: it has no {', '.join(sorted(missing))}")
-    old, new = [settings | {"images per step": settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"]}
-                for settings in (state["settings"], vars(cfg))]
-    differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in new
-               if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
-    if differs:
-        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, "
-                           "or start a new run in another OUTPUT_DIR. What may change: "
-                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
-    return state
+def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
+    """Merge the command line (default: sys.argv[1:]) into the constants; each is a flag of the type of its value.
+
+    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set).
+    Raises TrainerError for an unknown flag, a wrong type or an impossible value.
+    """
+    def fail(message):
+        raise TrainerError(f"{message} (--help lists the options)")
+
+    def text(word):
+        return None if word.lower() == "none" else word
+
+    def number(word):
+        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
+
+    settings_block = Path(__file__).read_text(encoding="utf-8").split("# ===== ")[1]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--resume | --audit | --evaluate | --predict PATH ...] [--name-of-a-constant VALUE ...]",
+        description=__doc__.split("\n\n")[0], epilog=f"{settings_block}\nLOSSES: {', '.join(LOSSES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail  # one sentence, as for every other error, instead of the whole usage
+    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in OUTPUT_DIR")
+    group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
+    group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
+    group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
+    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
+    for name in CONSTANTS:
+        value = globals()[name]
+        if isinstance(value, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, (tuple, list)):
+            options = {"nargs": "*", "type": number if value and not isinstance(value[0], str) else str}
+        else:
+            options = {"type": text if value is None or isinstance(value, str) else number}
+        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    if "LR" in given:  # the user's choice holds for every start
+        given.setdefault("LR_RANDOM_START", given["LR"])
+    cfg = default_settings()
+    for name in CONSTANTS:
+        value = given.pop(name, getattr(cfg, name))
+        setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+    mode = argparse.Namespace(**given)
+    check_settings(cfg, mode)
+    return cfg, mode
+
+
+def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
+    """Raise TrainerError for the first setting that is impossible, before any work starts."""
+    limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
+                     lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
+              for name, least in MINIMUM.items()}
+    starting = {} if mode.resume or mode.audit or mode.evaluate or mode.predict else STARTING_RULES
+    for name, (legal, holds) in [*limits.items(), *RULES.items(), *starting.items()]:
+        try:
+            good = holds(getattr(cfg, name))
+        except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
+            good = False
+        if not good:
+            raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
+    if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
+        raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
+    if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
+        raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
+                           "holds train/ and valid/")
+    try:
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
+    except (OSError, TypeError) as error:
+        raise TrainerError(f"cannot write into the output folder {cfg.OUTPUT_DIR} ({error}); choose another one with "
+                           "OUTPUT_DIR or --output-dir") from None
+
+
+def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises TrainerError and Interrupted."""
+    checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
+    if mode.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainerError("--predict runs in one process; start it without torchrun")
+    start_processes(cfg)
+    check_gpu(cfg)
+    if mode.predict:
+        predict_files(cfg, checkpoint, mode.predict)
+    elif mode.audit:
+        with held_data(cfg, ["train", "valid", "test"], None):
+            say("The data can be used.")
+    elif mode.evaluate:
+        if not checkpoint.is_file():
+            raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
+        # What counts as truth, and the size of the cache, are those of the run that made the checkpoint.
+        record = read_record(checkpoint)[0]
+        categories = tuple(record.get("settings", {}).get("CATEGORIES", cfg.CATEGORIES))
+        if categories != cfg.CATEGORIES:
+            say(f"CATEGORIES is {cfg.CATEGORIES} here; scored is what the model was trained on: {categories}.")
+        cfg.CATEGORIES, cfg.IMG_SIZE = categories, record.get("img_size", cfg.IMG_SIZE)
+        with held_data(cfg, ["valid", "test"], checkpoint.parent) as (splits, cache):
+            evaluate_checkpoint(cfg, checkpoint, splits, cache)
+    else:
+        train(cfg, mode.resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ===== Plumbing: the machine ==========================================================================================
 
 
 def set_up_machine(cfg: Settings, device: torch.device) -> None:
@@ -1656,219 +1873,297 @@ def set_up_machine(cfg: Settings, device: torch.device) -> None:
 
 
 def describe_machine(cfg: Settings, device: torch.device) -> None:
-    """Say what the run uses, and what is wrong if a GPU lies idle."""
+    """Say what the run uses."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
     say(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
-             "Install the CUDA build that https://pytorch.org/get-started/locally names for your system.")
     if device.type == "cpu":
-        say("No GPU is used: at 256 px expect one or two images per second, hours or days for a real data set. For a\n"
+        say("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set. For a\n"
             "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
+
+
+def check_gpu(cfg: Settings) -> None:
+    """Say why a GPU that is there lies idle. Raises TrainerError for a chosen one that PyTorch has no code for."""
+    how = "README.md, 'GPU', says how to get a PyTorch that fits"
+    if cfg.DEVICE != "cpu":
+        capability, built_for = torch.cuda.get_device_capability(cfg.DEVICE), torch.cuda.get_arch_list()
+        if torch.version.cuda and not any(runs_on(capability, arch) for arch in built_for):
+            raise TrainerError(
+                f"{torch.cuda.get_device_name(cfg.DEVICE)} has compute capability {capability[0]}.{capability[1]}, for "
+                f"which PyTorch {torch.__version__} was not built (only for {', '.join(built_for)}).\n{how}; "
+                "--device cpu trains without the GPU")
+    elif shutil.which("nvidia-smi") and torch.version.cuda is None:
+        warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
+             f"Uninstall torch and torchvision first, or pip keeps them; {how}.")
+    elif shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            found = one_line(subprocess.run(query, capture_output=True, text=True, timeout=20).stdout) or "nothing"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            found = one_line(error)
+        warn(f"PyTorch cannot use the NVIDIA GPU of this machine. nvidia-smi says (name, driver): {found}.\n"
+             f"PyTorch {torch.__version__} was built for CUDA {torch.version.cuda}: most likely the driver is too old "
+             f"for that. Update it, or take a PyTorch for an older CUDA;\n{how}. Other causes: CUDA_VISIBLE_DEVICES "
+             f"is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}, or a container without access to the GPU.")
+    elif sys.platform == "darwin":
+        say("Apple's GPU is not used by this script.")
+
+
+def runs_on(capability: tuple[int, int], built_for: str) -> bool:
+    """Whether code built for "sm_86" (a binary) or "compute_86" (compiled by the driver) runs on a GPU."""
+    kind, _, number = built_for.partition("_")
+    major, minor = divmod(int(re.sub(r"\D", "", number) or 0), 10)
+    if kind == "compute":
+        return (major, minor) <= capability
+    return kind == "sm" and major == capability[0] and minor <= capability[1]
+
+
+OUT_OF_MEMORY = ("out of memory",  # the allocator; or "CUDA error: out of memory", when another program fills the card
+                 "unable to find an engine",  # cuDNN, whose benchmark swallows the allocator's error
+                 "ALLOC_FAILED",  # cuBLAS and cuDNN
+                 "not enough memory", "allocate memory")  # CPUs, on Windows and on Linux
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many forms in which memory runs out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in OUT_OF_MEMORY))
+
+
+def available_cores() -> int:
+    """CPU cores for this process: those it may use, shared between the processes of torchrun on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def in_threads(work, items, description: str) -> list:
+    """work(item) of every item, in their order, with one thread for each core. Raises Interrupted."""
+    pool = ThreadPoolExecutor(available_cores())
+    try:
+        return list(progress(pool.map(work, items), description, len(items)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ===== Plumbing: several processes, and one run at a time =============================================================
+
+
+def rank() -> int:
+    """Number of this process among those of torchrun, 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value) -> list:
+    """The picklable values of all processes, in the order of their ranks; so all of them have come this far."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def start_processes(cfg: Settings) -> None:
     """Under torchrun, join the other processes, each with its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if cfg.DEVICE.startswith("cuda"):
-            cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(cfg.DEVICE)
-        # Two hours, because the others wait while the first process of each machine reads all images.
-        dist.init_process_group("nccl" if cfg.DEVICE.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-
-
-@contextlib.contextmanager
-def shared_data(cfg: Settings, names: list[str]):
-    """prepare_data() once on each machine, for all its processes; the cache is removed at the end of the block."""
-    local, own = int(os.environ.get("LOCAL_RANK", 0)), None
-    if local == 0:
-        try:
-            own = prepare_data(cfg, names)
-        except (TrainerError, Interrupted) as error:
-            own = error
-    try:
-        everyone = gather(own)
-        for result in everyone:
-            if isinstance(result, Exception):
-                raise result
-        yield everyone[rank() - local]
-    finally:
-        if isinstance(own, tuple) and own[1] is not None:
-            own[1].close()
-
-
-@contextlib.contextmanager
-def beside_earlier_run(output: Path, command: str):
-    """Announce an earlier run in the folder, with the command that goes on with it.
-
-    Yields the folder for what a new run writes before its first checkpoint is complete: one of its own, removed at the
-    end of the block, or output itself if there is no earlier run.
-    """
-    if not any((output / name).is_file() for name in RUN_FILES):
-        yield output
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    new = output / NEW
-    say(f"{output} holds an earlier run. With its first checkpoint the new one will move that into a folder\n"
-        f"earlier_run_...; until then the files of the new one are in {new.name}.")
-    if (output / LAST).is_file():
-        say(f"To go on with the earlier run instead, press Ctrl-C and run:\n  {command}")
+    gpu = cfg.DEVICE.startswith("cuda")
+    if gpu and not dist.is_nccl_available():
+        raise TrainerError("several GPUs need Linux: this PyTorch has no NCCL. Start the script without torchrun")
+    if gpu:
+        cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(cfg.DEVICE)
+    # Two hours, because the others wait while the first process of each machine reads all images.
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
+
+
+def one_for_all(work, chosen: bool) -> list:
+    """The results of work() in the chosen processes, by rank, for all processes; or everywhere the first error."""
+    result = None
     try:
-        if rank() == 0:
-            new.mkdir(exist_ok=True)
-        yield new
-    finally:
-        if rank() == 0 and not (new / LAST).is_file():
-            shutil.rmtree(new, ignore_errors=True)
+        result = work() if chosen else None
+    except (TrainerError, Interrupted) as error:
+        result = error
+    results = gather(result)
+    for found in results:
+        if isinstance(found, Exception):
+            found.shared = True
+            raise found
+    return results
 
 
-def replace_earlier_run(output: Path) -> None:
-    """Move the files of the earlier run into a folder of their own, and those of the new run to where they were.
+@contextlib.contextmanager
+def held_data(cfg: Settings, names: list[str], run_folder: Path | None):
+    """Hold run_folder for this run (None: no folder, no cache), and give what prepare_data() finds to all processes.
 
-    Name by name, the state last, so that the next start can finish what a killed run has left half done.
+    Each machine reads its data once; the cache is removed at the end of the block. Raises TrainerError everywhere.
     """
-    earlier = [name for name in RUN_FILES if (output / name).is_file()
-               and ((output / NEW / name).is_file() or name not in FIRST_FILES)]  # else replaced already
-    if earlier:
-        last = output / earlier[-1]
-        stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(last.stat().st_mtime))
-        folders = (output / f"{stamp}_{number}" for number in itertools.count(1))
-        folder = next(path for path in folders if not (path / last.name).exists())
-        folder.mkdir(exist_ok=True)
-        say(f"The earlier run is kept in {folder}.")
-    for name in RUN_FILES:
-        new = output / NEW / name
-        if name in earlier and Path(name).stem == Path(BEST).stem:
-            with contextlib.suppress(OSError):  # a file system without links
-                os.link(output / name, folder / name)  # so that there is a best model at any moment
-        if name in earlier and not (folder / name).exists():
-            os.replace(output / name, folder / name)
-        if new.is_file():
-            os.replace(new, output / name)
-    shutil.rmtree(output / NEW)
+    local, locks, found = int(os.environ.get("LOCAL_RANK", 0)), [], None
+    try:
+        one_for_all(lambda: locks.append(lock_folder(run_folder)), rank() == 0 and run_folder is not None)
+        found = one_for_all(lambda: prepare_data(cfg, names, run_folder), local == 0)[rank() - local]
+        yield found
+    finally:
+        if found and found[1] and local == 0:
+            found[1].close()
+        for lock in filter(None, locks):
+            lock.close()
 
 
-def train(cfg: Settings, resume: bool, command: str) -> None:
-    """Train, keep the best model, then evaluate it. command: how to resume, for messages."""
-    device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
-    set_up_machine(cfg, device)
-    describe_machine(cfg, device)
-    if rank() == 0 and (output / NEW / LAST).is_file():
-        replace_earlier_run(output)  # what a killed run had left to do
-    gather(None)  # the other processes wait for that
-    state = read_last(cfg) if resume else None
+def lock_folder(folder: Path):
+    """Keep other runs out of a folder until the returned file is closed, or this process ends, however it ends.
 
-    with contextlib.nullcontext(output) if resume else beside_earlier_run(output, command) as home, \
-            shared_data(cfg, ["train", "valid", "test"]) as (splits, cache):
-        loaders = {}
-        for name in ("train", "valid"):
-            dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
-                                        records=splits[name].records, cache=cache)
-            loaders[name] = make_loader(dataset, cfg, train=name == "train")
-        if len(splits["train"].records) < world_size():
-            raise TrainerError("there are fewer training images than processes")
-        run, criterion = Run(cfg, device, fingerprint(splits), state), LOSSES[cfg.LOSS]()
-        good = None if state else run.state()  # what to go back to before the first checkpoint
-        record = {
-            "encoder": cfg.ENCODER, **prediction_settings(cfg), "settings": vars(cfg),
-            "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in
-                                                                 (torch, torchvision, smp, A, cv2, np, matplotlib)},
-            "device": str(device), "platform": platform.platform(), "encoder_weights_from": run.weights_from,
-            "data_counts": {name: {"images": len(split.records), "annotations": split.annotations,
-                                   "without_tumour": sum(not row.rles for row in split.records),
-                                   "skipped": split.skipped} for name, split in splits.items()}}
-        if state:
-            say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch}).")
-            STOP.go_on = command
-            if rank() == 0:  # the run may have been killed before it could
-                write_history(output, run.history)
-            if run.epoch >= cfg.EPOCHS:
-                say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
-            elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
-                run.waited = 0  # it had stopped early, and more epochs are asked for
-        elif rank() == 0:
-            plot_samples(home / "training_samples.png", loaders["train"].dataset)
-        first_epoch, start = run.epoch, time.perf_counter()
-        while run.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and run.waited >= cfg.EARLY_STOPPING):
-            began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
-            loaders["train"].batch_sampler.set_epoch(run.epoch)
-            torch.manual_seed(int(np.random.default_rng([cfg.SEED, run.epoch]).integers(2**63)))  # for dropout
-            stats = train_one_epoch(run.parallel, loaders["train"], criterion, run.optimizer, run.scaler, device,
-                                    cfg=cfg, guard=run.guard, epoch=run.epoch)
-            speed = len(splits["train"].records) / (time.perf_counter() - began)
-            if world_size() > 1:
-                for buffer in run.model.buffers():  # validate with the statistics that the checkpoint will hold
-                    dist.broadcast(buffer, 0)
-            scores = validate(run.model, loaders["valid"], criterion, device, cfg=cfg)
-            if stats.pop("persistent") or not math.isfinite(scores["valid_loss"]):
-                run.revert(good or read_weights(output / LAST),
-                           f"epoch {run.epoch + 1}: the loss or its gradient is not finite ({stats['dropped']} steps "
-                           f"dropped, validation loss {scores['valid_loss']:.4g})")
-                continue
-            run.epoch += 1
-            run.scheduler.step(scores["dice"])
-            improved = scores["dice"] > run.best_dice
-            run.waited = 0 if improved else run.waited + 1
-            if improved:
-                run.best_dice, run.best_epoch = scores["dice"], run.epoch
-            row = {"epoch": run.epoch, **stats, **scores, "lr": lr, "images_per_second": round(speed, 2),
-                   "seconds": round(time.perf_counter() - began, 2)}
-            run.history.append(row)
-            if rank() == 0:
-                run.save(home, improved, record | {"best_epoch": run.epoch, "valid_metrics_at_img_size": scores})
-                if home != output:
-                    replace_earlier_run(output)
-                write_history(output, run.history)
-            home, good = output, None
-            STOP.go_on = command
-            left = (time.perf_counter() - start) / (run.epoch - first_epoch) * (cfg.EPOCHS - run.epoch)
-            say(f"epoch {run.epoch:>{len(str(cfg.EPOCHS))}}/{cfg.EPOCHS}  train loss {row['train_loss']:.4f}  "
-                f"valid loss {row['valid_loss']:.4f}  Dice {row['dice']:.4f}  IoU {row['iou']:.4f}  lr {lr:.1e}  "
-                f"{speed:6.1f} img/s  {row['seconds']:6.1f} s  left {timedelta(seconds=round(left))}"
-                + (f"  dropped {row['dropped']}" if row["dropped"] else "") + ("  * best" if improved else ""))
-        if run.epoch < cfg.EPOCHS:
-            say(f"Stopped early: no better validation Dice for {run.waited} epochs (EARLY_STOPPING).")
-        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
-        gather(None)  # waits until the first process has written the best model
-        del loaders, run  # ends the workers and frees the GPU before the evaluation
-        evaluate_checkpoint(cfg, output / BEST, splits, cache)
-    say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
-        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
+    A record lock belongs to the process; flock would live on in its workers. Raises TrainerError if another run is in.
+    """
+    file = None
+    try:
+        file = open(folder / ".brain_tumor.lock", "ab")
+        if os.name == "nt":
+            import msvcrt
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if file and error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise TrainerError(f"another run is using {folder}; wait until it has ended, or choose another folder with "
+                               "OUTPUT_DIR (--output-dir)") from None
+        warn(f"{folder} knows no file locks ({error}): see to it that no second run writes there")
+    return file
 
 
-def run_mode(cfg: Settings, mode: argparse.Namespace, command: str) -> None:
-    """Do what the command line asks for. Raises TrainerError and Interrupted."""
-    checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
-    if mode.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise TrainerError("--predict runs in one process; start it without torchrun")
-    start_processes(cfg)
-    if mode.predict:
-        predict_files(cfg, checkpoint, mode.predict)
-    elif mode.audit:
-        with shared_data(cfg, ["train", "valid", "test"]):
-            say("The data can be used.")
-    elif mode.evaluate:
-        cfg.IMG_SIZE = read_record(checkpoint)[0].get("img_size", cfg.IMG_SIZE)  # that of the cache
-        if not checkpoint.is_file():
-            raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
-        with shared_data(cfg, ["valid", "test"]) as (splits, cache):
-            evaluate_checkpoint(cfg, checkpoint, splits, cache)
-    else:
-        train(cfg, mode.resume, command)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# ===== Plumbing: messages, signals, files =============================================================================
+
+GO_ON = "The same command with --resume goes on after the last saved epoch."
 
 
-def command_line(argv: list[str] | None, *more: str) -> str:
-    """The command that started this run, with more words at its end."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in more] + [*more]
-    python = Path(sys.executable).name
-    python = python if shutil.which(python) == sys.executable else sys.executable
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    start = [python] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
-    command = [*start, sys.argv[0], *words]
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+class TrainerError(Exception):
+    """Something the user can put right. main() prints the message, without a stack trace, and ends with exit_code."""
+
+    shared = False  # True: all processes have it, and the first one prints it
+
+    def __init__(self, message: str, exit_code: int = 2):
+        # A DataLoader raises what a worker raised with the worker's stack trace as message.
+        super().__init__(message.rpartition("TrainerError: ")[2].strip())
+        self.exit_code = exit_code
+
+
+def say(message: str = "", file=None) -> None:
+    """Print once, whatever the number of processes, and at once, also into a file."""
+    if rank() == 0:
+        stream = file or sys.stdout
+        try:
+            print(message, file=stream, flush=True)
+        except OSError:  # a pipe that was closed, a full disk under a log: the run goes on in silence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def warn(message: str) -> None:
+    """A warning on standard error, framed so that it is not missed."""
+    say("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
+
+
+def listed(lines: list[str], most: int = 10) -> str:
+    """The first lines of a list, indented, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  - {line}" for line in lines[:most] + more)
+
+
+def one_line(error) -> str:
+    """The beginning of a message that may have many lines."""
+    return " ".join(str(error).split())[:200]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; raised between two steps, never inside one."""
+
+
+class StopSignal:
+    """Handler that remembers Ctrl-C and SIGTERM, for progress() to act on; a second signal ends at once."""
+
+    signum = 0
+    saved = False  # whether there is a state to go on from
+
+    def __call__(self, signum, _frame):
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+        say(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", sys.stderr)
+
+
+STOP = StopSignal()
+
+
+def progress(items, description: str, total: int | None = None):
+    """Iterate with a progress bar, and stop between two items after a signal. Every long loop goes through here."""
+    # disable=None: no bar where standard error is not a terminal.
+    with tqdm(items, description, total, leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True) as bar:
+        for item in bar:
+            if STOP.signum:
+                raise Interrupted
+            yield item
+
+
+def write_file(path: Path, content, required: bool = False) -> None:
+    """Write a file so that it is either complete or unchanged: temporary name, flush to disk, rename.
+
+    content: bytes, or a function that gets the open binary file. A failure is a warning, or TrainerError if required.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # the same name every time: a killed run leaves at most one
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for attempt in range(6):
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:  # on Windows, virus scanners and viewers hold files open for a moment
+                if attempt == 5:
+                    raise
+                time.sleep(0.2)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise
+        if required:
+            raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, or "
+                               f"mend the folder. {GO_ON if STOP.saved else 'Then start again.'}", 1) from error
+        warn(f"cannot write {path}: {error} (going on without it)")
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a CSV file."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, table.getvalue().encode("utf-8"))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a uint8 grey [H, W] or RGB [H, W, 3] array as PNG; cv2.imwrite fails on non-ASCII paths on Windows."""
+    png = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])[1]
+    write_file(path, png.tobytes(), required=True)
+
+
+def remedy(error: BaseException) -> str:
+    """What helps against an error that has a cause outside this script; empty for one that nobody foresaw."""
+    if "DataLoader worker (pid" in str(error):  # it died; what it has raised itself is worded otherwise
+        return ("a process that prepares images died, usually because memory ran out. Fewer of them need less: "
+                "--num-workers 0")
+    if is_out_of_memory(error):
+        return (f"memory ran out ({one_line(error)}). What helps: a smaller BATCH_SIZE with more ACCUMULATION_STEPS, "
+                "fewer NUM_WORKERS, or a new run with a smaller IMG_SIZE")
+    return str(error) if isinstance(error, OSError) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1882,41 +2177,32 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
-    command, failure = command_line(argv, "--resume"), None
-    STOP.signum, STOP.go_on = 0, ""
+    STOP.signum, STOP.saved, code, message = 0, False, 0, ""
     handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run_mode(*read_settings(argv), command)
-        return 0
+        run_mode(*read_settings(argv))
     except (Interrupted, KeyboardInterrupt):
         STOP.signum = STOP.signum or signal.SIGINT
     except TrainerError as error:
-        failure = error.exit_code, str(error)
-    except (OSError, RuntimeError, MemoryError) as error:
-        again = STOP.go_on or command_line(argv)
-        if "DataLoader worker" in str(error):
-            failure = 1, ("a process that prepares images died, usually because memory ran out; go on with fewer of "
-                          f"them:\n  {again} --num-workers 0")
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-            failure = 1, (f"memory ran out ({error}); go on with a smaller BATCH_SIZE and more ACCUMULATION_STEPS, or "
-                          f"fewer NUM_WORKERS:\n  {again}")
-        elif isinstance(error, OSError):
-            failure = 1, f"{error}\nWhen this is mended, go on with:\n  {again}"
-        elif not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
-            raise
+        # What a process finds before it has met the others, the first one finds too.
+        silent = rank() > 0 and (error.shared or not dist.is_initialized())
+        code, message = error.exit_code, "" if silent else str(error)
+    except Exception as error:
+        if not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
+            message = remedy(error)
+            if not message:
+                traceback.print_exc()
+                message = "nobody foresaw this; the lines above say where it happened."
+            code, message = 1, message + (f"\n{GO_ON}" if STOP.saved else "")
     finally:
         gc.collect()  # lets go of the frames of a failed run, and so ends its workers
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if STOP.signum:
         code, STOP.signum = 128 + STOP.signum, 0
-        say("\nStopped.")
-        if STOP.go_on:
-            say(f"The last finished epoch is saved. To go on from there:\n  {STOP.go_on}")
-        return code
-    code, message = failure
-    if code != 2 or rank() == 0:  # errors with exit code 2 are found by every process alike
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        say(f"\nStopped. {GO_ON if STOP.saved else ''}")
+    elif message:
+        print(f"error{f' (process {rank()})' if rank() else ''}: {message}", file=sys.stderr, flush=True)
     return code
 
 
