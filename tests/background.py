@@ -8,44 +8,83 @@ import atexit
 import functools
 import multiprocessing
 import os
-import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from conftest import FAST, ROOT, SCRIPT, script, write_data
+from conftest import FAST, ROOT, SCRIPT, script, tiny_build_model, tiny_network, write_data
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the server, which imports the script
 os.environ["OMP_NUM_THREADS"] = "1"  # these networks are too small to share between threads
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["brain_tumor_integrated_smp"])
-
-# Pictures cost more time than an epoch here, and say nothing about what these tests ask.
-NO_PICTURES = """
-for name in ("plot_samples", "plot_history", "plot_predictions"):
-    setattr(script, name, lambda path, *_: script.write_file(path, b"a picture"))
-"""
-
-# Validation Dice that grows with every step, so that each epoch is better than the one before.
-RISING = """
-def validate(model, *args, inner=script.validate, **options):
-    steps = next(value for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
-    return inner(model, *args, **options) | {"dice": int(steps) / 1000}
-script.validate = validate
-"""
-
-# Where the processor has no bfloat16 arithmetic, its convolutions take half as long in this format.
-BFLOAT16 = "script.memory_format = lambda device: torch.channels_last\n"
+SERVER.set_forkserver_preload(["background"])
 
 TIMING = ("images_per_second", "seconds")  # columns of the history that differ between equal runs
 
 
-def _child(argv, patch, log):
+# --- faults: functions of the script's module, called in the process of a run before main()
+
+
+def no_pictures(script):
+    """Pictures cost more time than an epoch here, and say nothing about what these tests ask."""
+    for name in ("plot_samples", "plot_history", "plot_predictions"):
+        setattr(script, name, lambda path, *_: script.write_file(path, b"a picture"))
+
+
+def rising_dice(script, inner=script.validate):
+    """Validation Dice that grows with every step, so that each epoch is better than the one before."""
+    def validate(model, *args, **options):
+        steps = next(value for name, value in model.named_buffers() if name.endswith("num_batches_tracked"))
+        return inner(model, *args, **options) | {"dice": int(steps) / 1000}
+
+    script.validate = validate
+
+
+def in_writer():
+    """Whether the code that asks runs in the thread of the background writer."""
+    return threading.current_thread() is not threading.main_thread()
+
+
+def kill_at(script, name, when="before", who="trainer"):
+    """Killed before or after the rename that puts a file in place, in the writer's thread or in the trainer."""
+    def replace(source, target, inner=os.replace):
+        hit = os.path.basename(target) == name and in_writer() == (who == "writer")
+        if hit and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(source, target)
+        if hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
+
+
+def slow_writer(script):
+    """A background writer that does not begin before the trainer waits for it."""
+    writer, waiting = script.CheckpointWriter, threading.Event()
+    write, wait = writer.write, writer.wait
+
+    def slow_write(self, state):
+        if in_writer():
+            waiting.wait(20)  # a trainer that does not wait goes on long before
+            waiting.clear()
+        write(self, state)
+
+    def announced_wait(self):
+        if self.thread:
+            waiting.set()
+        wait(self)
+
+    writer.write, writer.wait = slow_write, announced_wait
+
+
+def _child(argv, faults, log):
     os.setsid()
     if sys.version_info < (3, 14):  # what a run from the command line uses on Linux
         multiprocessing.set_start_method("fork", force=True)
@@ -54,7 +93,8 @@ def _child(argv, patch, log):
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
     sys.argv = [str(SCRIPT), *argv]
-    exec(patch, {"functools": functools, "script": script, "torch": torch, "os": os, "signal": signal, "time": time})
+    for fault in faults:
+        fault(script)
     sys.exit(script.main(argv))
 
 
@@ -70,12 +110,12 @@ def end_all():
 
 
 class Process:
-    """A run in the background. patch: Python text that is executed before main()."""
+    """A run in the background. faults: importable functions (or partials of them) that get the script's module."""
 
-    def __init__(self, argv, patch="", pictures=False):
+    def __init__(self, argv, *faults, pictures=False, network=tiny_network):
         self.log = Path(tempfile.mkstemp(suffix=".log", dir=scratch())[1])
-        patch = ("" if pictures else NO_PICTURES) + patch
-        self.process = SERVER.Process(target=_child, args=([str(word) for word in argv], patch, str(self.log)))
+        faults = [*[no_pictures] * (not pictures), *[network] * (network is not None), *faults]
+        self.process = SERVER.Process(target=_child, args=([str(word) for word in argv], faults, str(self.log)))
         self.process.start()
         self.pid = self.process.pid
         STARTED.append(self)
@@ -111,9 +151,9 @@ class Process:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
 
-def run(argv, patch="", pictures=False):
+def run(argv, *faults, **options):
     """Run to the end; returns (exit code, output)."""
-    process = Process(argv, patch, pictures)
+    process = Process(argv, *faults, **options)
     code = process.wait()
     return code, process.text
 
@@ -134,24 +174,26 @@ def shared_data():
 
 
 def arguments(output, *more, data=None):
-    """A command line for runs that can be compared to the last bit; mobilenet_v2 has the smallest checkpoint."""
-    return [*FAST, "--encoder", "mobilenet_v2", "--batch-size", "2", "--num-workers", "2", "--epochs", "4",
-            "--data-dir", str(data or shared_data()), "--output-dir", str(output), "--cache-dir", str(scratch()),
-            *map(str, more)]
+    """A command line for runs that can be compared to the last bit."""
+    return [*FAST, "--batch-size", "2", "--num-workers", "2", "--epochs", "4", "--data-dir", str(data or shared_data()),
+            "--output-dir", str(output), *map(str, more)]
 
 
-def whole_run(precision="float32"):
-    """The output folder of 4 undisturbed epochs; not to be written into."""
-    folder = scratch() / f"whole_{precision}"
-    if not folder.exists():
-        code, text = run(arguments(folder, "--precision", precision), BFLOAT16 * (precision == "bfloat16"))
-        assert code == 0, text
+@functools.cache
+def whole_run(*more, faults=()):
+    """The output folder of 4 undisturbed epochs, with these options; not to be written into."""
+    folder = scratch() / "_".join(["whole", *map(str, more), *(fault.__name__ for fault in faults)])
+    code, text = run(arguments(folder, *more), *faults)
+    assert code == 0, text
     return folder
 
 
 def copy_run(source, target):
-    """A copy of an output folder by hard links: files are replaced by the script, never changed in place."""
-    return shutil.copytree(source, target, copy_function=os.link)
+    """A copy of an output folder by hard links: files are replaced by the script, never changed in place.
+
+    Without the lock file: a linked one would lock the original, too.
+    """
+    return shutil.copytree(source, target, copy_function=os.link, ignore=shutil.ignore_patterns(".brain_tumor.lock"))
 
 
 def read(folder, name="unet_plusplus_last.pth"):
@@ -183,16 +225,10 @@ def assert_same_run(folder, other):
     for state in (mine, theirs):
         for name in ("OUTPUT_DIR", "NUM_WORKERS", "DATA_DIR", "PRECISION"):
             state["settings"].pop(name)
-        state.pop("random")  # says nothing by itself; that draws repeat is a test of its own
     assert differences(mine, theirs) == []
     assert differences(read(folder, "unet_plusplus_best.pth"), read(other, "unet_plusplus_best.pth")) == []
     assert table_rows(folder) == table_rows(other)
     assert (folder / "test_metrics.csv").read_text() == (other / "test_metrics.csv").read_text()
-
-
-def command_in(text):
-    """The words of the command that a stopped run prints last."""
-    return shlex.split(text.strip().splitlines()[-1])
 
 
 def leftovers(folder):
@@ -206,9 +242,10 @@ def load_best(folder):
         return "there is none"
     try:
         record, problem = script.read_record(folder / script.BEST)
-        model = script.load_model(folder / script.BEST, "cpu")
+        with mock.patch.object(script, "build_model", tiny_build_model):
+            model = script.load_model(folder / script.BEST, "cpu")
     except script.TrainerError as error:
         return str(error)
     finite = all(bool(value.isfinite().all()) for value in model.state_dict().values())
     mask = script.predict_mask(model, np.zeros((50, 70, 3), np.uint8))
-    return problem or ("" if finite and mask.shape == (50, 70) and record["encoder"] == "mobilenet_v2" else "wrong")
+    return problem or ("" if finite and mask.shape == (50, 70) and record["encoder"] == "resnet18" else "wrong")

@@ -1,52 +1,59 @@
-"""How much faster, and how much smaller, than the original version? Measured here and now, on your data and machine.
+"""How much faster, smaller and better than the original version? Measured here and now, on your data and machine.
 
-    python tests/benchmark.py --data FOLDER                                    everything, at 256 px
-    python tests/benchmark.py --data FOLDER --device cpu --images 64 --valid 16 --epochs 2 --repeats 3
+    python tests/benchmark.py --data FOLDER                                    speed, at 256 px
     python tests/benchmark.py --data FOLDER --only loader --images 512 --workers 2 --repeats 5
     python tests/benchmark.py --data FOLDER --only step --precision bfloat16
-    python tests/benchmark.py --data FOLDER --only epoch --versions this --images 512 --img-size 64 --json result.json
+    python tests/benchmark.py --data FOLDER --only epoch --versions this unsaved --images 512 --epochs 10 --output DISK
+    python tests/benchmark.py --data FOLDER --only accuracy --json accuracy.json --picture accuracy.png
 
 Every measurement runs in a process of its own, the versions take turns, and medians with the smallest and the largest
 value of all repeats are printed, as Markdown and as JSON. Compare numbers of one run only: machines have moods.
 
   original        from-scratch U-Net (64 ... 1024 channels), float32, Adam, BCE + Dice, flips and brightness, every
-                  image decoded, its polygons filled by OpenCV, and resized by INTER_LINEAR in every epoch
-  this            brain_tumor_integrated_smp.py through its own functions
+                  image decoded, its polygons filled by OpenCV, resized by INTER_LINEAR in every epoch; saves nothing
+  this            brain_tumor_integrated_smp.py through its own functions, from random weights
+  unsaved         (epoch only) the same, but nothing is saved between epochs: what the bookkeeping costs
   straightforward (loader only) this script's decoding, rasterising, resizing, augmentation and normalisation, but for
                   every image in every epoch and with float32 tensors as batches: what the cache and uint8 batches save
 
-Dice after a few epochs says that both versions learn, not which one is better in the end.
+An epoch is all that a run does from one printed line to the next: training, validation, the snapshot of the state,
+waiting for the writer in the background. Validation Dice is scored alike for all: the mean over images at the network's
+size, threshold 0.5, against the masks of this script. The part "accuracy" compares it after every epoch, with another
+seed in each repeat; its seconds are training and what is read before it, without validation and saving, for both.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 import brain_tumor_integrated_smp as script
 
 VERSIONS = {"loader": ("straightforward", "original", "this"), "step": ("original", "this"),
-            "epoch": ("original", "this")}
+            "epoch": ("original", "this", "unsaved"), "accuracy": ("original", "this")}
+DEFAULTS = {"img_size": 256, "images": 64, "valid": 16, "epochs": 3, "repeats": 3}
+ACCURACY = {"img_size": 64, "images": 256, "valid": 128, "epochs": 4, "repeats": 5}
 STEPS = 5  # timed steps of the part "step", after as many that are not
-MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large matrix product
 
 
-# ======================================================================================================================
-# The original version, whole
-# ======================================================================================================================
+# ===== The original version, whole ====================================================================================
 
 
 class UNet(torch.nn.Module):
@@ -121,7 +128,7 @@ class Original:
     precision = "float32"
 
     def __init__(self, options, device):
-        self.device, self.options = device, options
+        self.device, self.options, self.close = device, options, lambda: None
 
     def build(self):
         self.model = UNet().to(self.device)
@@ -133,120 +140,145 @@ class Original:
             dataset = OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train")
             self.loaders[name] = torch.utils.data.DataLoader(dataset, o.batch_size, shuffle=name == "train",
                                                              num_workers=o.workers)
+        self.truth = [torch.from_numpy(script.resize_mask(record.mask(), o.img_size, o.img_size))[None]
+                      for record in script.read_coco(Path(o.data) / "valid").records[:o.valid]]
 
     def train_loader(self, epoch):
         return self.loaders["train"]
 
-    def batch(self, images, masks):
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).contiguous(), \
-            torch.from_numpy(masks)[:, None].float()
-
     def train(self, batches, epoch=0):
         self.model.train()
-        total = 0.0
         for images, masks in batches:
             images, masks = images.to(self.device), masks.to(self.device)
             self.optimizer.zero_grad()
             loss = bce_and_dice(self.model(images), masks)
             loss.backward()
             self.optimizer.step()
-            total += loss.item()
-        return total
+            loss.item()  # such scripts print it
 
     def validate(self):
-        """Mean Dice per image, by the convention of the script, at the network's size."""
+        """Mean Dice per image."""
         self.model.eval()
-        counts = []
         with torch.no_grad():
-            for images, masks in self.loaders["valid"]:
-                probabilities = self.model(images.to(self.device)).sigmoid()
-                counts.append(script.confusion(probabilities, masks.to(self.device)).cpu().numpy())
-        return script.summarize(np.concatenate(counts))["dice"]
+            probabilities = torch.cat([self.model(images.to(self.device)).sigmoid().cpu()
+                                       for images, _ in self.loaders["valid"]])
+        return float(script.score_images(probabilities, torch.stack(self.truth))["dice"].mean())
 
-    def close(self):
-        pass
+    def fit(self):
+        """All epochs: seconds of each, seconds of its training, and validation Dice; and what more there is to say."""
+        seconds, training, dice = [], [], []
+        for epoch in range(self.options.epochs):
+            began = time.perf_counter()
+            self.train(self.train_loader(epoch), epoch)
+            training.append(time.perf_counter() - began)
+            dice.append(self.validate())
+            seconds.append(time.perf_counter() - began)
+        return seconds, training, dice, {}
 
 
-# ======================================================================================================================
-# This version, through the script's own functions
-# ======================================================================================================================
+def clock(function, seconds):
+    """The same function, which notes in a list how long every call takes."""
+    def call(*arguments, **options):
+        began = time.perf_counter()
+        result = function(*arguments, **options)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    return call
+
+
+# ===== This version, through the script's own functions ===============================================================
 
 
 class This:
-    """What train() of the script does, without files and pictures."""
+    """What train() of the script does, without the evaluation at its end."""
 
     def __init__(self, options, device):
         self.cfg = script.default_settings()
+        self.folder = tempfile.TemporaryDirectory(dir=options.output, ignore_cleanup_errors=True)
         vars(self.cfg).update(DATA_DIR=options.data, IMG_SIZE=options.img_size, BATCH_SIZE=options.batch_size,
                               NUM_WORKERS=options.workers, DEVICE=str(device), PRECISION=options.precision,
-                              ENCODER_WEIGHTS=None, COMPILE=options.compile)
-        self.options, self.device, self.cache = options, device, None
+                              ENCODER_WEIGHTS=None, COMPILE=options.compile, EPOCHS=options.epochs, EARLY_STOPPING=0,
+                              SEED=options.seed, OUTPUT_DIR=self.folder.name)
+        self.options, self.device, self.splits, self.cache = options, device, {}, None
         self.precision = str(script.amp_dtype(self.cfg.PRECISION, device)).removeprefix("torch.")
+        self.saving = options.part == "epoch" and options.version != "unsaved"
         script.set_up_machine(self.cfg, device)
 
     def build(self):
-        self.run = script.Run(self.cfg, self.device, "", None)
+        steps = -(-self.options.images // (self.options.batch_size * self.cfg.ACCUMULATION_STEPS))
+        self.run = script.Run(self.cfg, self.device, "", steps, None)
         self.model = self.run.model
-        self.criterion = script.LOSSES[self.cfg.LOSS]()
+        self.criterion = script.LOSSES[self.cfg.LOSS]
 
     def open_data(self):
         """The whole audit and cache, for the images asked for."""
         o, read_coco = self.options, script.read_coco
 
-        def limited(folder, categories=()):
+        def limited(folder, categories):
             split = read_coco(folder, categories)
-            split.records = split.records[:o.images if Path(folder).name == "train" else o.valid]
+            del split.records[o.images if folder.name == "train" else o.valid:]
             return split
 
-        script.read_coco = limited
-        try:
-            splits, self.cache = script.prepare_data(self.cfg, ["train", "valid"])
-        finally:
-            script.read_coco = read_coco
+        with mock.patch.object(script, "read_coco", limited):
+            self.splits, self.cache = script.prepare_data(self.cfg, ["train", "valid"], Path(self.cfg.OUTPUT_DIR))
         self.loaders = {name: script.make_loader(script.BrainTumorDataset(
             Path(o.data) / name, o.img_size, name == "train", self.cfg.SEED, False, records=split.records,
-            cache=self.cache), self.cfg, train=name == "train") for name, split in splits.items()}
+            cache=self.cache), self.cfg, train=name == "train") for name, split in self.splits.items()}
 
     def train_loader(self, epoch):
         self.loaders["train"].batch_sampler.set_epoch(epoch)
         return self.loaders["train"]
 
-    def batch(self, images, masks):
-        return images, masks
-
     def train(self, batches, epoch=0):
         return script.train_one_epoch(self.run.parallel, batches, self.criterion, self.run.optimizer, self.run.scaler,
-                                      self.device, cfg=self.cfg, guard=self.run.guard, epoch=epoch)
+                                      self.device, cfg=self.cfg, limit=self.run.limit, epoch=epoch,
+                                      after_step=self.run.after_step)
 
-    def validate(self):
-        return script.validate(self.run.model, self.loaders["valid"], self.criterion, self.device, cfg=self.cfg)["dice"]
+    def fit(self):
+        """As Original.fit(), by Run.fit() with its writer; or, not saving, with no snapshot and nothing written."""
+        run, training, validation, snapshots, waiting = self.run, [], [], [], []
+        record = script.describe_run(self.cfg, self.device, self.splits, run.weights_from)
+        with script.CheckpointWriter(Path(self.cfg.OUTPUT_DIR), record) as writer, mock.patch.multiple(
+                script, train_one_epoch=clock(script.train_one_epoch, training),
+                validate=clock(script.validate, validation)):
+            writer.write(run.state())
+            run.state, writer.wait = clock(run.state, snapshots), clock(writer.wait, waiting)
+            if not self.saving:
+                run.state, writer.start = lambda: None, lambda state: None
+            run.fit(self.loaders, self.criterion, writer)
+        # Of the waits, one per epoch and the last one on leaving the block, the first has nothing to wait for.
+        # A row's seconds begin where those of the row before it end, so they hold what is done between the two.
+        between = [row["seconds"] - t - v for row, t, v in zip(run.history, training, validation)][1:]
+        more = {"seconds between epochs": between, "- of these the snapshot": snapshots[:-1],
+                "- of these waiting for the writer": waiting[:-2], "seconds of the last write": waiting[-1:]}
+        return ([row["seconds"] for row in run.history], training, [row["dice"] for row in run.history],
+                {name: statistics.mean(values) for name, values in more.items() if values})
 
     def close(self):
         if self.cache is not None:
             self.cache.close()
+        self.folder.cleanup()
 
 
 class Straightforward(This):
     """For the part "loader": everything again for every image in every epoch, tensors as batches."""
 
     def open_data(self):
-        o = self.options
-        records = script.read_coco(Path(o.data) / "train").records[:o.images]
-        dataset = script.BrainTumorDataset(Path(o.data) / "train", o.img_size, train=True, records=records)
-        self.loader = torch.utils.data.DataLoader(
-            dataset, o.batch_size, shuffle=True, num_workers=o.workers, worker_init_fn=script.start_worker,
-            persistent_workers=o.workers > 0)
+        o, folder = self.options, Path(self.options.data) / "train"
+        records = script.read_coco(folder).records[:o.images]
+        dataset = script.BrainTumorDataset(folder, o.img_size, train=True, records=records)
+        self.loader = torch.utils.data.DataLoader(dataset, o.batch_size, shuffle=True, num_workers=o.workers,
+                                                  worker_init_fn=script.start_worker, persistent_workers=o.workers > 0)
 
     def train_loader(self, epoch):
         return self.loader
 
 
-CLASSES = {"original": Original, "this": This, "straightforward": Straightforward}
+CLASSES = {"original": Original, "this": This, "unsaved": This, "straightforward": Straightforward}
 
 
-# ======================================================================================================================
-# Measurements, each in a process of its own
-# ======================================================================================================================
+# ===== Measurements, each in a process of its own =====================================================================
 
 
 def wait_for(device):
@@ -255,80 +287,54 @@ def wait_for(device):
         torch.cuda.synchronize(device)
 
 
-class Memory:
-    """Peak memory in MB: of the accelerator as PyTorch counts it, or on a CPU the resident set above the imports.
-
-    On a CPU the cache file's pages, which the system may drop at any time, count too when this process has mapped them.
-    """
-
-    def __init__(self, device):
-        self.device, self.peak, self.ended = device, 0, threading.Event()
-        self.start = self.resident()
-
-    @staticmethod
+@contextlib.contextmanager
+def peak_memory(device):
+    """Gives a list of one number, after the block the peak in MB: of a GPU as PyTorch counts it, or else what the
+    resident set (on Linux; 0 elsewhere) has grown by, mapped pages of the cache file included."""
     def resident():
-        if sys.platform == "linux":
-            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-    def watch(self):
-        while not self.ended.wait(0.02):
-            self.peak = max(self.peak, self.resident())
+    def watch(start):
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], resident() - start)
 
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.ended.set()
-        self.thread.join()
-        self.megabytes = self.peak - self.start
-        if self.device.type == "cuda":
-            self.megabytes = torch.cuda.max_memory_allocated(self.device) / 1e6
-
-
-def images_of(batches):
-    """Number of images in all batches; touches nothing else."""
-    return sum(len(images) for images, _ in batches)
+    peak, ended = [0.0], threading.Event()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) / 1e6
+    elif sys.platform == "linux":
+        threading.Thread(target=watch, args=[resident()], daemon=True).start()
+        yield peak
+        ended.set()
+    else:
+        yield peak
 
 
 def measure_loader(version, options, device):
     """Images/s of the training loader alone, from the second epoch on."""
     version.open_data()
-    images_of(version.train_loader(0))
     rates = []
-    for epoch in range(1, max(2, options.epochs)):
+    for epoch in range(max(2, options.epochs)):
         began = time.perf_counter()
-        images = images_of(version.train_loader(epoch))
+        images = sum(len(images) for images, _ in version.train_loader(epoch))
         rates.append(images / (time.perf_counter() - began))
-    return {"images/s, loader alone": statistics.median(rates)}
+    return {"images/s, loader alone": statistics.median(rates[1:])}
 
 
 def matrix_rate(precision, device, seconds=1.0):
     """FLOP/s of a large square matrix product in a precision."""
-    size = MATRIX[device.type]
+    size, times = (2048, 1) if device.type == "cpu" else (8192, 10)
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, precision)) for _ in range(2))
     best, ended = 0.0, time.perf_counter() + seconds
     while best == 0 or time.perf_counter() < ended:
         wait_for(device)
         began = time.perf_counter()
-        for _ in range(1 if device.type == "cpu" else 10):
+        for _ in range(times):
             a @ b
         wait_for(device)
-        rate = 2 * size**3 * (1 if device.type == "cpu" else 10) / (time.perf_counter() - began)
-        best = max(best, rate)
+        best = max(best, 2 * size**3 * times / (time.perf_counter() - began))
     return best
-
-
-def step_flops(version, batch, device):
-    """FLOPs of one training step, counted by PyTorch in its matrix products and convolutions."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        version.train([batch])
-    return counter.get_total_flops()
 
 
 def measure_step(version, options, device):
@@ -336,11 +342,15 @@ def measure_step(version, options, device):
     rng = np.random.default_rng(0)
     size = (options.batch_size, options.img_size, options.img_size)
     images, masks = rng.integers(0, 256, (*size, 3), np.uint8), (rng.random(size) < 0.05).astype(np.uint8)
-    with Memory(device) as memory:
+    with peak_memory(device) as peak:
         version.build()
-        batch = version.batch(images, masks)
+        batch = (images, masks) if options.version == "this" else (
+            torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).contiguous(),
+            torch.from_numpy(masks)[:, None].float())
         version.train([batch] * 2)
-    flops = step_flops(version, batch, device)
+    with FlopCounterMode(display=False) as counter:  # of matrix products and convolutions
+        version.train([batch])
+    flops = counter.get_total_flops()
     version.train([batch] * 2)
     rates = []
     for _ in range(STEPS):
@@ -352,30 +362,36 @@ def measure_step(version, options, device):
     rate = statistics.median(rates)
     achieved, possible = rate / len(images) * flops, matrix_rate(version.precision, device)
     return {"parameters, million": sum(p.numel() for p in version.model.parameters()) / 1e6,
-            "images/s, step alone": rate, "peak memory of the step, MB": memory.megabytes,
+            "images/s, step alone": rate, "peak memory of the step, MB": peak[0],
             "GFLOP per image and step": flops / len(images) / 1e9,
             "GFLOP/s of the step": achieved / 1e9, "GFLOP/s of a matrix product": possible / 1e9,
             "share of the matrix product, %": 100 * achieved / possible}
 
 
 def measure_epoch(version, options, device):
-    """Whole epochs, training and validation; the rate is that of the epochs after the first, which still warms up."""
-    seconds, began_all = [], time.perf_counter()
-    with Memory(device) as memory:
-        version.build()
+    """Whole epochs with all that belongs to them; the rate is that of those after the first, which still warms up."""
+    began = time.perf_counter()
+    with peak_memory(device) as peak:
         version.open_data()
-        prepared = time.perf_counter() - began_all
-        for epoch in range(options.epochs):
-            wait_for(device)
-            began = time.perf_counter()
-            version.train(version.train_loader(epoch), epoch)
-            dice = version.validate()
-            wait_for(device)
-            seconds.append(time.perf_counter() - began)
-    images = len(version.loaders["train"].dataset)
-    return {"seconds before the first epoch": prepared, "seconds per epoch": statistics.median(seconds[1:] or seconds),
-            "images/s, whole epoch": images / statistics.median(seconds[1:] or seconds),
-            "peak memory, MB": memory.megabytes, "validation Dice": dice}
+        version.build()
+        prepared = time.perf_counter() - began
+        seconds, _, dice, more = version.fit()
+    usual = statistics.mean(seconds[1:] or seconds)
+    return {"seconds before the first epoch": prepared, "seconds per epoch": usual,
+            "images/s, whole epoch": len(version.loaders["train"].dataset) / usual, **more,
+            "peak memory, MB": peak[0], "validation Dice": dice[-1]}
+
+
+def measure_accuracy(version, options, device):
+    """Validation Dice after every epoch, and the seconds until then: reading the data, and training."""
+    began = time.perf_counter()
+    version.open_data()
+    seconds = time.perf_counter() - began
+    version.build()
+    _, training, dice, _ = version.fit()
+    rows = enumerate(zip(dice, seconds + np.cumsum(training)), 1)
+    return {name: value for epoch, row in rows for name, value in zip(
+        (f"validation Dice, epoch {epoch}", f"seconds until epoch {epoch}"), map(float, row))}
 
 
 def measure(options):
@@ -385,9 +401,6 @@ def measure(options):
     cv2.setNumThreads(0)
     device = torch.device(options.device)
     version = CLASSES[options.version](options, device)
-    version_cfg = getattr(version, "cfg", None)
-    if version_cfg:
-        version_cfg.SEED = options.seed
     try:
         result = globals()["measure_" + options.part](version, options, device)
     finally:
@@ -395,14 +408,12 @@ def measure(options):
     print(json.dumps({"precision": version.precision, **result}))
 
 
-# ======================================================================================================================
-# The comparison
-# ======================================================================================================================
+# ===== The comparison =================================================================================================
 
 
 def in_new_process(options, part, version, seed):
     """One measurement. Returns its numbers."""
-    names = ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision")
+    names = ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision", "output")
     words = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
     words += ["--part", part, "--version", version, "--seed", str(seed)] + ["--compile"] * options.compile
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, encoding="utf-8")
@@ -427,33 +438,79 @@ def table(results):
             cells.append(f"{medians[version]:.4g}{spread}")
         ratio = f"{medians['this'] / medians['original']:.3g}" if medians.get("original") and "this" in medians else ""
         lines.append(f"| {quantity} | " + " | ".join(cells) + f" | {ratio} |")
-    if "straightforward" in results and "this" in results:
-        pairs = zip(*(results[name]["images/s, loader alone"] for name in ("this", "straightforward")))
-        ratios = [fast / slow for fast, slow in pairs]
-        lines.append(f"\nLoader, this / straightforward, pair by pair: median {statistics.median(ratios):.2f}, "
-                     f"{min(ratios):.2f} ... {max(ratios):.2f}")
+    for other, quantity in (("straightforward", "images/s, loader alone"), ("unsaved", "images/s, whole epoch")):
+        pairs = [results.get(name, {}).get(quantity, []) for name in ("this", other)]
+        if ratios := [mine / its for mine, its in zip(*pairs)]:
+            lines.append(f"\n{quantity}, this / {other}, pair by pair: median {statistics.median(ratios):.3g}, "
+                         f"{min(ratios):.3g} ... {max(ratios):.3g}")
     return "\n".join(lines)
+
+
+def curves(results):
+    """Of the part "accuracy": by version an array [epochs, 2, seeds] of validation Dice and seconds until then."""
+    numbers = {version: [values for values in row.values() if not isinstance(values[0], str)]
+               for version, row in results.items()}
+    return {version: np.array(rows).reshape(-1, 2, len(rows[0])) for version, rows in numbers.items()}
+
+
+def verdict(found):
+    """The comparison in a sentence. found: of curves(), for both versions; pairs have the same seed."""
+    original, this = found["original"], found["this"]
+    points, speed = statistics.median(100 * (this[-1, 0] - original[-1, 0])), []
+    for (old, its), (new, mine) in zip(original.transpose(2, 1, 0), this.transpose(2, 1, 0)):
+        reached = np.flatnonzero(new >= old.max())  # the first epoch that is as good as the original's best one
+        speed.append(its[old.argmax()] / mine[reached[0]] if len(reached) else 0.0)
+    middle = statistics.median(speed)
+    reaches = f"reaches the original's best Dice in 1/{middle:.1f} of its time" if middle else \
+        "does not reach the original's best Dice"
+    return (f"{abs(points):.1f} points {'better' if points >= 0 else 'worse'} at equal epochs, {reaches} (medians of "
+            f"{len(speed)} pairs; reached in {np.count_nonzero(speed)}, factors {min(speed):.1f} ... {max(speed):.1f})")
+
+
+def plot_accuracy(path, found, title):
+    """Dice against epochs and against seconds: the median of all seeds as a line, all of them as a band."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for version, colour in (("original", "tab:orange"), ("this", "tab:blue")):
+        dice, seconds = found[version].transpose(1, 0, 2)
+        for axis, x in ((left, np.arange(1, len(dice) + 1)), (right, np.median(seconds, axis=1))):
+            axis.plot(x, np.median(dice, axis=1), marker="o", color=colour, label=f"{version} version")
+            axis.fill_between(x, dice.min(axis=1), dice.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+            axis.grid(alpha=0.3)
+    left.set(title="At equal epochs", xlabel="epoch", ylabel="validation Dice (mean over images)", ylim=(0, None))
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="lower right")
+    right.set(title="At equal time", xlabel="seconds of reading and training", xlim=(0, None))
+    script.write_file(Path(path), lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=script.DATA_DIR, help="folder with train/ and valid/ (default: the samples)")
-    parser.add_argument("--img-size", type=int, default=256)
+    parser.add_argument("--img-size", type=int)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--images", type=int, default=64, help="training images, from the start of the list")
-    parser.add_argument("--valid", type=int, default=16, help="validation images")
-    parser.add_argument("--epochs", type=int, default=2, help="at least 2: the first one warms up")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, help="training images, from the start of the list")
+    parser.add_argument("--valid", type=int, help="validation images")
+    parser.add_argument("--epochs", type=int, help="at least 3: the first warms up, and the writer then has work")
+    parser.add_argument("--repeats", type=int, help="each with another seed")
     parser.add_argument("--device", default=script.DEVICE)
     parser.add_argument("--workers", type=int, default=min(4, script.available_cores()))
     parser.add_argument("--precision", default="auto", help="of this version; the original is float32")
     parser.add_argument("--compile", action="store_true", help="this version with COMPILE")
-    parser.add_argument("--only", nargs="+", choices=list(VERSIONS), default=list(VERSIONS), help="parts to measure")
+    parser.add_argument("--only", nargs="+", choices=list(VERSIONS), default=["loader", "step", "epoch"],
+                        help=f"parts to measure; accuracy only by itself, with defaults of its own: {ACCURACY}")
     parser.add_argument("--versions", nargs="+", choices=list(CLASSES), default=list(CLASSES), help="of these")
+    parser.add_argument("--output", default=tempfile.gettempdir(), help="on the disk that takes the checkpoints")
     parser.add_argument("--json", help="write the result into this file, too")
+    parser.add_argument("--picture", help="draw the curves of the part accuracy into this file")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--version", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    only = parser.parse_args(argv).only
+    if "accuracy" in only and len(only) > 1:
+        parser.error("accuracy is measured by itself")
+    parser.set_defaults(**(ACCURACY if only == ["accuracy"] else DEFAULTS))
     return parser.parse_args(argv)
 
 
@@ -477,10 +534,14 @@ def main(argv=None):
         f"CPU ({platform.processor() or platform.machine()}), {script.available_cores()} cores"
     settings = {key: value for key, value in vars(options).items() if key not in ("part", "version", "seed", "json")}
     report = {"device": name, "settings": settings, "versions": {"torch": torch.__version__}, "results": results}
-    print(f"\n{name}, PyTorch {torch.__version__}, {options.img_size} px, batch {options.batch_size}, "
-          f"{options.images} training and {options.valid} validation images, {options.epochs} epochs, "
-          f"{options.repeats} repeats\n")
-    print(table(results) + "\n")
+    sizes = (f"{options.img_size} px, batch {options.batch_size}, {options.images} training and {options.valid} "
+             f"validation images, {options.epochs} epochs, {options.repeats} repeats")
+    print(f"\n{name}, PyTorch {torch.__version__}, {sizes}\n\n{table(results)}\n")
+    if options.only == ["accuracy"] and {"original", "this"} <= set(results):
+        report["verdict"] = verdict(curves(results))
+        print(report["verdict"] + "\n")
+        if options.picture:
+            plot_accuracy(options.picture, curves(results), f"From random weights. {name}, {sizes}")
     print(json.dumps(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2), encoding="utf-8")

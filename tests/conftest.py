@@ -1,5 +1,7 @@
 """Shared by all tests: the script as a module, small data sets, and the script as a process."""
 
+import atexit
+import gc
 import json
 import os
 import pickle
@@ -14,6 +16,10 @@ import pytest
 
 # One thread each for this process and those that it starts: on busy cores several threads wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# TEST_CPU=avx2 runs the suite as on a processor with nothing newer, in this process and in all that it starts:
+# PyTorch's own kernels and oneDNN's are held down, and the script asks PyTorch.
+if os.environ.get("TEST_CPU") == "avx2":
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "brain_tumor_integrated_smp.py"
@@ -21,11 +27,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.register_assert_rewrite("background")
 
-import brain_tumor_integrated_smp as script  # noqa: E402, F401 (the tests take it from here)
+import torch  # noqa: E402
 
-# A run that takes seconds on two cores: a small encoder, small squares, no download.
+import brain_tumor_integrated_smp as script  # noqa: E402
+
+gc.freeze()  # main() collects at its end; without the imports' objects that takes hundredths of a second
+atexit.register(gc.unfreeze)  # or nanobind lists what it takes for leaks
+
+# A run that takes seconds on two cores: a small encoder, small squares, no download; the same arithmetic everywhere.
 FAST = ["--img-size", "64", "--encoder", "resnet18", "--encoder-weights", "none", "--batch-size", "4",
-        "--num-workers", "0", "--epochs", "1", "--device", "cpu"]
+        "--num-workers", "0", "--epochs", "1", "--device", "cpu", "--precision", "float32"]
+
+
+def tiny_build_model(*_):
+    """Instead of build_model(), where the network does not matter: two layers, BatchNorm, and dropout that draws."""
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+                               torch.nn.Dropout(0.1), torch.nn.Conv2d(4, 1, 1)), "random"
+
+
+def tiny_network(script):
+    """The network of runs in the background, see background.Process."""
+    script.build_model = tiny_build_model
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The network of runs in this process."""
+    monkeypatch.setattr(script, "build_model", tiny_build_model)
 
 
 def box(x, y, width, height):

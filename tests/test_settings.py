@@ -1,31 +1,35 @@
-"""Constants, the flags that follow from them, and the errors of a wrong command line."""
+"""Constants, the flags that follow from them, the errors of a wrong command line, and edits of the file."""
 
 import ast
+import csv
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import FAST, ROOT, SCRIPT, script, write_data
+import segmentation_models_pytorch as smp
+import torch
+from background import no_pictures
+from conftest import FAST, ROOT, SCRIPT, script, tiny_build_model, write_data
 
 # What the script was promised to start with.
-KNOWN = {"IMG_SIZE": 256, "BATCH_SIZE": 16, "EPOCHS": 80, "LR": 1e-4, "NUM_WORKERS": 4, "WEIGHT_DECAY": 1e-2,
-         "PLATEAU_FACTOR": 0.5, "PLATEAU_PATIENCE": 10, "LOSS": "dice_bce", "ENCODER": "resnet34",
-         "ENCODER_WEIGHTS": "imagenet", "INIT_WEIGHTS": None}
-
+KNOWN = {"IMG_SIZE": 256, "EPOCHS": 80, "LR": 1e-4, "NUM_WORKERS": 4, "WEIGHT_DECAY": 1e-2, "PLATEAU_FACTOR": 0.5,
+         "PLATEAU_PATIENCE": 10, "LOSS": "dice_bce", "ARCHITECTURE": "unetplusplus", "ENCODER": "resnet34",
+         "ENCODER_WEIGHTS": "imagenet", "INIT_WEIGHTS": None, "TEST_TIME_AUGMENTATION": False}
+TEXT = SCRIPT.read_text(encoding="utf-8")
+SETTINGS_BLOCK = TEXT[TEXT.index("# --- data and output"):TEXT.index("CONSTANTS = ")].strip()
 
 
 def constants():
     """Names of the plain upper-case assignments at the top of the file, read without running it."""
-    names = []
-    for node in ast.parse(SCRIPT.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
-            if node.targets[0].id == "CONSTANTS":
-                return names
-            names.append(node.targets[0].id)
-    raise AssertionError("the file has no CONSTANTS")
+    names = [node.targets[0].id for node in ast.parse(TEXT).body
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()]
+    return names[:names.index("CONSTANTS")]
 
 
 def flag(name):
@@ -34,17 +38,17 @@ def flag(name):
 
 
 def another(name, value, folder):
-    """A legal value of a constant that is not its default: (words after the flag, what they mean)."""
-    texts = {"DATA_DIR": str(folder), "OUTPUT_DIR": str(folder / "o"), "CACHE_DIR": str(folder), "ENCODER": "resnet18",
-             "LOSS": "focal_tversky", "DEVICE": "cpu", "PRECISION": "float32",
+    """A legal value of a constant that is not its default: (words of the command line, what they mean)."""
+    texts = {"DATA_DIR": str(folder), "OUTPUT_DIR": str(folder / "o"), "ARCHITECTURE": "linknet", "ENCODER": "resnet18",
+             "LOSS": "focal_tversky", "DEVICE": "cuda:1", "PRECISION": "bfloat16",
              "ENCODER_WEIGHTS": str(folder / "w.pth"), "INIT_WEIGHTS": str(folder / "w.pth")}
+    if isinstance(value, bool):
+        return [flag(name).replace("--", "--no-") if value else flag(name)], not value
     if isinstance(value, tuple):
         new = (0.1, 0.25, 0.75) if value else ("glioma", "肿瘤")
-        return [str(v) for v in new], new
-    if isinstance(value, (int, float)):
-        new = value + 64 if isinstance(value, int) else value / 4
-        return [str(new)], new
-    return [texts.get(name, "some text")], texts.get(name, "some text")
+        return [flag(name), *map(str, new)], new
+    new = texts[name] if name in texts else value + 64 if isinstance(value, int) else value / 4 + 0.125
+    return [flag(name), str(new)], new
 
 
 def settings(*words):
@@ -52,33 +56,36 @@ def settings(*words):
     return script.read_settings([str(word) for word in words])[0]
 
 
-def refused(capsys, *words, silent=True):
+def refused(capsys, *words, module=script):
     """Run main() on a command line that must be refused; returns the one sentence on standard error."""
-    assert script.main([str(word) for word in words]) == 2
+    assert module.main([str(word) for word in words]) == 2
     out, err = capsys.readouterr()
-    assert "Traceback" not in err and err.startswith("error: ") and err.count("\n") == 1, err
-    assert out == "" or not silent
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
-def loaded_from(path):
-    """A copy of the script as a module of its own."""
-    spec = importlib.util.spec_from_file_location("edited_copy", path)
+def help_text(capsys, module=script):
+    """What --help prints."""
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def edited(folder, old=r"\A", new=""):
+    """A copy of the script with one place of it edited (old: a pattern), as a module; pictures are left out."""
+    text, count = re.subn(old, lambda _: new, TEXT, flags=re.M)
+    assert count == 1
+    (folder / SCRIPT.name).write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_copy", folder / SCRIPT.name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     finally:
         del sys.modules[spec.name]
+    no_pictures(module)
     return module
-
-
-def edited(folder, old, new):
-    """The script with one line of it edited, as a module."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    (folder / SCRIPT.name).write_text(text.replace(old, new), encoding="utf-8")
-    return loaded_from(folder / SCRIPT.name)
 
 
 # --- constants and flags
@@ -87,183 +94,236 @@ def edited(folder, old, new):
 def test_known_constants_keep_their_names_and_values():
     assert {name: getattr(script, name) for name in KNOWN} == KNOWN
     assert set(KNOWN) <= set(constants())
-    assert script.DEVICE == ("cuda" if script.torch.cuda.is_available() else "cpu")
+    assert vars(settings()) == {name: getattr(script, name) for name in constants()}
+
+
+@pytest.mark.parametrize("available, device", [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_that_is_there_is_the_default(available, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert edited(tmp_path).DEVICE == device
 
 
 def test_data_and_output_lie_beside_the_script_by_default(tmp_path):
     assert script.DATA_DIR == script.OUTPUT_DIR == str(ROOT)
     (tmp_path / "中文").mkdir()
-    copied = edited(tmp_path / "中文", "EPOCHS = 80", "EPOCHS = 81")
+    copied = edited(tmp_path / "中文")
     assert copied.DATA_DIR == copied.OUTPUT_DIR == str((tmp_path / "中文").resolve())
 
 
-def test_without_flags_the_settings_are_the_constants():
-    cfg = vars(settings())
-    assert cfg == {name: getattr(script, name) for name in constants()}
-
-
 @pytest.mark.parametrize("name", constants())
-def test_every_constant_has_a_flag_that_changes_it_and_nothing_else(name, tmp_path):
-    default = getattr(script, name)
+def test_every_constant_has_a_flag_that_changes_it_and_nothing_else(name, tmp_path, monkeypatch):
+    """Except that --lr holds for a random start too."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    default, before = getattr(script, name), vars(settings())
     (tmp_path / "w.pth").touch()
-    if isinstance(default, bool):
-        words, new = [flag(name).replace("--", "--no-") if default else flag(name)], not default
-    else:
-        words, new = another(name, default, tmp_path)
-        words = [flag(name), *words]
+    words, new = another(name, default, tmp_path)
     cfg = vars(settings(*words))
-    assert cfg.pop(name) == new and isinstance(new, type(default) if default is not None else str)
-    assert cfg == {other: getattr(script, other) for other in constants() if other != name}
+    assert cfg[name] == new != default and isinstance(new, type(default) if default is not None else str)
+    assert cfg == before | {name: new} | ({"LR_RANDOM_START": new} if name == "LR" else {})
+    assert vars(settings()) == before  # the constants are as they were
 
 
-@pytest.mark.parametrize("name", ["ENCODER_WEIGHTS", "INIT_WEIGHTS"])
-@pytest.mark.parametrize("word", ["none", "None", "NONE"])
-def test_none_means_none(name, word):
-    assert getattr(settings(flag(name), word), name) is None
+@pytest.mark.parametrize("words, lr, lr_random_start", [
+    (["--lr", "3e-4"], 3e-4, 3e-4), (["--lr-random-start", "2e-3"], script.LR, 2e-3),
+    (["--lr", "3e-4", "--lr-random-start", "2e-3"], 3e-4, 2e-3),
+    (["--lr-random-start", "2e-3", "--lr", "3e-4"], 3e-4, 2e-3)])
+def test_a_given_learning_rate_holds_for_every_start_unless_both_are_given(words, lr, lr_random_start):
+    cfg = settings(*words)
+    assert (cfg.LR, cfg.LR_RANDOM_START) == (lr, lr_random_start)
 
 
-def test_an_empty_list_of_categories_means_all():
-    assert settings("--categories").CATEGORIES == ()
-
-
-def test_overrides_do_not_change_the_constants():
-    settings("--img-size", 64, "--lr", 0.5)
-    assert script.IMG_SIZE == 256 and script.default_settings().LR == 1e-4
-
-
-def test_help_lists_every_constant_with_its_default(capsys):
-    with pytest.raises(SystemExit) as end:
-        script.main(["--help"])
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    _, *parts = text.split(" what to do ")  # the options themselves, after the usage
-    options = " ".join(parts)
-    places = [options.index(f" {flag(name)} ") if f" {flag(name)} " in options else options.index(f" {flag(name)}, ")
-              for name in constants()]
-    assert places == sorted(places)  # in the order of the file
-    for name, start, end in zip(constants(), places, [*places[1:], None]):
-        description = options[start:end]
-        assert f"[{' '.join(str(getattr(script, name)).split())}]" in description.replace("- ", "-"), description
-        assert len(description.split()) > 5, f"{name} is not explained"
+@pytest.mark.parametrize("words, name, value", [
+    (["--encoder-weights", "none"], "ENCODER_WEIGHTS", None), (["--encoder-weights", "NONE"], "ENCODER_WEIGHTS", None),
+    (["--init-weights", "None"], "INIT_WEIGHTS", None), (["--categories"], "CATEGORIES", ()),
+    (["--mean", "0", "1", "0.5"], "MEAN", (0, 1, 0.5)), (["--grad-clip", "2"], "GRAD_CLIP", 2),
+    (["--no-compile"], "COMPILE", False), (["--encoder", "tu-rexnet_100"], "ENCODER", "tu-rexnet_100")])
+def test_flags_take_what_people_write(words, name, value):
+    assert getattr(settings(*words), name) == value
 
 
 @pytest.mark.parametrize("old, new, words, name, value", [
-    ("EPOCHS = 80  # passes over the training set, at least 1", "EPOCHS = 3", ["--epochs", "5"], "EPOCHS", 5),
-    ("EPOCHS = 80  # passes", "EPOCHS = 3 # passes", ["--epochs", "5"], "EPOCHS", 5),
-    ("CATEGORIES = ()  #", 'CATEGORIES = (\n    "glioma",\n)  #', ["--categories", "tumor"], "CATEGORIES", ("tumor",)),
-    ("GRAD_CLIP = 1.0", "GRAD_CLIP = 0", ["--grad-clip", "0.5"], "GRAD_CLIP", 0.5),
-    ("CACHE_GB = 8.0", "CACHE_GB = 8", ["--cache-gb", "2.5"], "CACHE_GB", 2.5),
-    ('ENCODER_WEIGHTS = "imagenet"', "ENCODER_WEIGHTS = None", ["--encoder-weights", "imagenet"], "ENCODER_WEIGHTS",
-     "imagenet"),
-    ("EPOCHS = 80", "EPOCHS = 3", [], "EPOCHS", 3)])
+    ("^EPOCHS = .*$", "EPOCHS = 3 # no comment", ["--epochs", "5"], "EPOCHS", 5),
+    (r"^CATEGORIES = \(\)", 'CATEGORIES = (\n    "glioma",\n)', ["--categories", "tumor"], "CATEGORIES", ("tumor",)),
+    (r"^MEAN = \(.*\)", "MEAN = [0.5, 0.5, 0.5]", [], "MEAN", (0.5, 0.5, 0.5)),
+    ("^GRAD_CLIP = .*$", "GRAD_CLIP = 0", ["--grad-clip", "0.5"], "GRAD_CLIP", 0.5),
+    ("^CACHE_GB = .*$", "CACHE_GB = 8", ["--cache-gb", "2.5"], "CACHE_GB", 2.5),
+    ("^INIT_WEIGHTS = .*$", "INIT_WEIGHTS = 'a.pth'", ["--init-weights", "none"], "INIT_WEIGHTS", None)])
 def test_constants_may_be_edited_the_way_people_do(tmp_path, old, new, words, name, value):
     """Without the comment, over several lines, or 0 for 0.0: the flags must survive it."""
     cfg, _ = edited(tmp_path, old, new).read_settings(["--data-dir", str(tmp_path), *words])
     assert getattr(cfg, name) == value
 
 
+def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses(capsys):
+    """Every constant with its value, and explained beside it."""
+    printed = help_text(capsys)
+    assert SETTINGS_BLOCK in printed and re.findall(r"^([A-Z_]+) = .+  # .{10}", SETTINGS_BLOCK, re.M) == constants()
+    assert printed.splitlines()[-1] == f"LOSSES: {', '.join(script.LOSSES)}"
+    assert {"--resume", "--audit", "--evaluate", "--predict", "--checkpoint"} <= {*re.findall(r"--[a-z]+", printed)}
+
+
 # --- what is refused
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--imgsize", 64], "--imgsize"), (["--img", 64], "--img"), (["train"], "train"), (["--img-size"], "--img-size"),
-    (["--img-size", "large"], "--img-size.*large"), (["--img-size", "64.5"], "--img-size|IMG_SIZE"),
-    (["--epochs", "1e2"], "--epochs|EPOCHS"), (["--lr", "fast"], "--lr.*fast"), (["--mean", "a", "b", "c"], "--mean"),
-    (["--img-size", 32], "IMG_SIZE.*32.*64"), (["--img-size", 100], "IMG_SIZE.*100.*32"),
-    (["--img-size", 0], "IMG_SIZE"), (["--img-size", -64], "IMG_SIZE"),
-    (["--batch-size", 0], "BATCH_SIZE"), (["--batch-size", -1], "BATCH_SIZE"), (["--epochs", 0], "EPOCHS"),
-    (["--num-workers", -1], "NUM_WORKERS"), (["--accumulation-steps", 0], "ACCUMULATION_STEPS"),
-    (["--lr", "nan"], "LR"), (["--lr", 0], "LR"), (["--lr", "inf"], "LR"), (["--lr", "-1e-4"], "--lr|LR"),
-    (["--weight-decay", -1], "WEIGHT_DECAY"), (["--grad-clip", -1], "GRAD_CLIP"), (["--grad-clip", "nan"], "GRAD_CLIP"),
-    (["--plateau-factor", 1], "PLATEAU_FACTOR"), (["--plateau-factor", 0], "PLATEAU_FACTOR"),
-    (["--plateau-patience", -1], "PLATEAU_PATIENCE"), (["--early-stopping", -1], "EARLY_STOPPING"),
-    (["--seed", -1], "SEED"), (["--loss", "hinge"], "LOSS.*hinge.*dice_bce.*dice_focal.*focal_tversky"),
-    (["--loss", "none"], "LOSS"), (["--encoder", "resnet35"], "ENCODER.*resnet35"),
-    (["--mean", 0.5], "MEAN"), (["--std", 0, 1, 1], "STD"), (["--device", "gpu"], "DEVICE.*gpu"),
-    (["--device", "none"], "DEVICE"), (["--device", "cuda:99"], "DEVICE.*cuda:99"),
-    (["--data-dir", "/not/there"], "/not/there.*DATA_DIR|DATA_DIR.*/not/there"),
-    (["--data-dir", "none"], "data folder"),
-    (["--predict"], "--predict")])
-def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, named, data, tmp_path, capsys):
+    ("--imgsize 64", "--imgsize"), ("--img 64", "--img"), ("train", "train"), ("--img-size", "--img-size"),
+    ("--predict", "--predict"), ("--evaluate --predict a.png", "--evaluate"), ("--resume --audit", "--resume"),
+    ("--img-size large", "--img-size.*large"), ("--img-size 64.5", "IMG_SIZE is 64.5.*whole"),
+    ("--img-size 32", "IMG_SIZE is 32.*64 or more"), ("--img-size 100", "IMG_SIZE is 100.*32"),
+    ("--img-size -64", "IMG_SIZE"), ("--img-size 4128", "IMG_SIZE.*4096"), ("--epochs 0", "EPOCHS"),
+    ("--epochs 1e2", "EPOCHS"), ("--batch-size 0", "BATCH_SIZE"), ("--num-workers -1", "NUM_WORKERS"),
+    ("--accumulation-steps 0", "ACCUMULATION_STEPS"), ("--cache-gb -1", "CACHE_GB"),
+    ("--lr fast", "--lr.*fast"), ("--lr nan", "LR"), ("--lr 0", "LR"), ("--lr inf", "LR"), ("--lr -1e-4", "LR|--lr"),
+    ("--lr-random-start 0", "LR_RANDOM_START"), ("--warmup-steps -1", "WARMUP_STEPS"),
+    ("--warmup-steps 0.5", "WARMUP_STEPS.*whole"), ("--average-epochs -1", "AVERAGE_EPOCHS"),
+    ("--average-epochs nan", "AVERAGE_EPOCHS"), ("--weight-decay -1", "WEIGHT_DECAY"), ("--grad-clip -1", "GRAD_CLIP"),
+    ("--plateau-factor 1", "PLATEAU_FACTOR"), ("--plateau-factor 0", "PLATEAU_FACTOR"),
+    ("--plateau-patience -1", "PLATEAU_PATIENCE"), ("--early-stopping -1", "EARLY_STOPPING"), ("--seed -1", "SEED"),
+    (f"--seed {2**63}", "SEED"), ("--loss hinge", "LOSS.*hinge.*dice_bce, dice_focal, focal_tversky"),
+    ("--loss none", "LOSS"), ("--encoder resnet35", "ENCODER.*resnet35"), ("--encoder none", "ENCODER"),
+    ("--architecture unet+", "ARCHITECTURE.*unetplusplus"), ("--precision half", "PRECISION.*bfloat16"),
+    ("--precision float16", "PRECISION.*CUDA"), ("--mean a b c", "--mean"), ("--mean 0.5", "MEAN.*three"),
+    ("--std 0 1 1", "STD"), ("--std 1 1 inf", "STD"), ("--device gpu", "DEVICE.*gpu.*--device cpu"),
+    ("--device none", "DEVICE"), ("--data-dir /not/there", "/not/there.*DATA_DIR"), ("--data-dir none", "data folder"),
+    # A large data set is read for minutes: a typing error must show before that.
+    ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth")])
+def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, named, tmp_path, capsys):
     out = tmp_path / "out"
-    err = refused(capsys, *FAST, "--data-dir", data, "--output-dir", out, *words)
+    err = refused(capsys, *FAST, "--data-dir", tmp_path, "--output-dir", out, *words.split())
     assert re.search(named, err), err
     assert not out.exists()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_cuda_without_a_gpu_is_refused(device, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
-    err = refused(capsys, *FAST, "--data-dir", data, "--output-dir", tmp_path / "out", "--device", device)
-    assert device in err and "--device cpu" in err
+@pytest.mark.parametrize("count, processes, device, legal", [
+    (0, 1, "cuda", False), (0, 1, "cuda:0", False), (1, 1, "cuda", True), (1, 1, "cuda:0", True),
+    (1, 1, "cuda:1", False), (2, 1, "cuda:1", True), (1, 2, "cuda", False), (2, 2, "cuda", True), (0, 2, "cpu", True),
+    (1, 1, "mps", False), (1, 1, "meta", False)])
+def test_a_device_must_be_there_for_each_process(count, processes, device, legal, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if legal:
+        assert settings("--device", device).DEVICE == device
+    else:
+        with pytest.raises(script.TrainerError, match=f"DEVICE is '{device}'.*--device cpu"):
+            settings("--device", device)
 
 
-@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
-def test_devices_that_the_script_was_not_made_for_are_refused(device, data, tmp_path, capsys):
-    """PyTorch knows them, so only the script can say so before the work starts."""
-    words = [*FAST, "--data-dir", data, "--output-dir", tmp_path / "out", "--device", device]
-    assert "DEVICE" in refused(capsys, *words)
+def test_a_batch_holds_an_image_for_every_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert settings("--batch-size", 4).BATCH_SIZE == 4
+    with pytest.raises(script.TrainerError, match="BATCH_SIZE is 3.*number of processes"):
+        settings("--batch-size", 3)
 
 
-@pytest.mark.parametrize("option", ["--init-weights", "--encoder-weights"])
-def test_a_weights_file_that_is_not_there_is_refused_before_the_data_are_read(option, data, tmp_path, capsys):
-    """Reading a large data set takes minutes: a typing error must show at once."""
-    err = refused(capsys, *FAST, "--data-dir", data, "--output-dir", tmp_path / "out", option, tmp_path / "no.pth")
-    assert str(tmp_path / "no.pth") in err
+@pytest.mark.parametrize("mode", [["--resume"], ["--audit"], ["--evaluate"], ["--predict", "a.png", "b"]])
+def test_weights_to_start_from_may_be_gone_later(mode):
+    _, chosen = script.read_settings(["--init-weights", "gone.pth", "--encoder-weights", "gone.pth", *mode])
+    assert getattr(chosen, mode[0][2:]) == (mode[1:] or True)
+    assert [name for name in ("resume", "audit", "evaluate", "predict") if getattr(chosen, name)] == [mode[0][2:]]
 
 
-@pytest.mark.parametrize("missing", ["train", "valid"])
-def test_a_data_folder_without_its_parts_is_refused(missing, tmp_path, capsys):
-    data = write_data(tmp_path / "data", **{missing: 0})
-    err = refused(capsys, *FAST, "--data-dir", data, "--output-dir", tmp_path / "out", silent=False)
-    assert str(data / missing) in err
-    assert not list((tmp_path / "out").glob("*"))
-
-
-def test_an_output_folder_that_cannot_be_one_is_refused(data, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("taken")
-    err = refused(capsys, *FAST, "--data-dir", data, "--output-dir", tmp_path / "file")
+    err = refused(capsys, *FAST, "--data-dir", tmp_path, "--output-dir", tmp_path / "file")
     assert str(tmp_path / "file") in err and "OUTPUT_DIR" in err
 
 
 def test_a_constant_that_was_edited_to_the_wrong_type_is_refused(tmp_path, capsys):
-    copied = edited(tmp_path, "\nIMG_SIZE = 256", '\nIMG_SIZE = "256px"')
-    assert copied.main(["--data-dir", str(tmp_path)]) == 2
-    assert "IMG_SIZE" in capsys.readouterr().err
+    copied = edited(tmp_path, "^IMG_SIZE = 256", 'IMG_SIZE = "256px"')
+    assert "IMG_SIZE is '256px'" in refused(capsys, "--data-dir", tmp_path, module=copied)
 
 
-def test_two_things_at_a_time_are_refused(data, tmp_path, capsys):
-    refused(capsys, *FAST, "--data-dir", data, "--output-dir", tmp_path / "out", "--evaluate", "--predict", "a.png")
+# --- five common edits, in one place each
+
+
+def run_edited(copied, folder, *words, network=tiny_build_model):
+    """Train one epoch with an edited copy. Returns (history, record, test rows) from its files."""
+    copied.build_model = network or copied.build_model
+    data, out = write_data(folder / "data", 4, 2, 2, size=64), folder / "out"
+    assert copied.main([*FAST, "--data-dir", str(data), "--output-dir", str(out), *words]) == 0
+    tables = [list(csv.DictReader((out / name).open())) for name in ("training_history.csv", "test_metrics.csv")]
+    return tables[0], json.loads((out / "unet_plusplus_best.json").read_text(encoding="utf-8")), tables[1]
+
+
+def test_another_loss(tmp_path, capsys):
+    copied = edited(tmp_path, "^LOSSES = {", 'LOSSES = {"seven": lambda logits, targets: 7 + 0 * logits.mean(), ')
+    assert "seven" in help_text(capsys, copied).splitlines()[-1]
+    assert "seven" in refused(capsys, "--data-dir", tmp_path, "--loss", "hinge", module=copied)
+    history, record, _ = run_edited(copied, tmp_path, "--loss", "seven")
+    assert (float(history[0]["train_loss"]), float(history[0]["valid_loss"])) == (7, 7)
+    assert record["settings"]["LOSS"] == "seven"
+
+
+def test_another_augmentation_step(tmp_path):
+    """Inverting comes last, so it does not change what the other steps draw."""
+    end = "        ]\n    if normalize:"
+    copied = edited(tmp_path, f"^{re.escape(end)}", f"            A.InvertImg(p=1),\n{end}")
+    split = write_data(tmp_path / "data", 2, 0, 0) / "train"
+    for train in (True, False):
+        (image, mask), (plain, same) = (module.BrainTumorDataset(split, 64, train, normalize=False)[(3, 0)]
+                                        for module in (copied, script))
+        assert np.array_equal(mask, same) and np.array_equal(image, 255 - plain if train else plain)
+
+
+def test_another_architecture(tmp_path):
+    """The record holds it, and load_model() follows the record wherever it is called."""
+    _, record, _ = run_edited(edited(tmp_path, '^ARCHITECTURE = "unetplusplus"', 'ARCHITECTURE = "linknet"'), tmp_path,
+                              network=None)
+    assert record["architecture"] == record["settings"]["ARCHITECTURE"] == "linknet"
+    model = script.load_model(tmp_path / "out" / script.BEST, "cpu")
+    assert isinstance(model, smp.Linknet) and script.predict_mask(model, np.zeros((9, 7, 3), np.uint8)).shape == (9, 7)
+
+
+def test_another_metric(tmp_path, capsys):
+    """The error of the tumour's size in pixels: wrongly found ones less missed ones."""
+    new = "((probabilities >= threshold).flatten(1).sum(1) - masks.flatten(1).sum(1)).double()"
+    copied = edited(tmp_path, "(?<=^    return )ratios", f'{{"size_px": {new}}} | ratios')
+    history, record, rows = run_edited(copied, tmp_path)
+    sizes = [float(row["size_px"]) for row in rows]
+    assert sizes == [float(row["false_positive_px"]) - float(row["false_negative_px"]) for row in rows]
+    assert record["test_metrics"]["size_px"] == np.mean(sizes)
+    valid = float(history[0]["size_px"])
+    assert record["valid_metrics_at_img_size"]["size_px"] == valid
+    printed = capsys.readouterr().out
+    assert re.search(rf"^epoch 1/1 .* size_px {valid:.4f} ", printed, re.M)
+    assert re.search(rf"^  test   2 images .* size_px {np.mean(sizes):.4f} ", printed, re.M)
+
+
+def test_another_constant(tmp_path, capsys):
+    added = 'ROUNDS = 3  # of something\nSPACING = (0.5, 0.5)  # mm\nSITES = ("a", "b")  # hospitals\nFAST = False\n'
+    copied = edited(tmp_path, "^COMPILE = ", f"{added}COMPILE = ")
+    assert {*added.splitlines()} <= {*help_text(capsys, copied).splitlines()}
+    words = ["--data-dir", str(tmp_path)]
+    cfg, _ = copied.read_settings([*words, *"--rounds 5 --spacing 1 2.5 --sites c --fast".split()])
+    assert (cfg.ROUNDS, cfg.SPACING, cfg.SITES, cfg.FAST) == (5, (1, 2.5), ("c",), True)
+    assert "--rounds" in refused(capsys, *words, "--rounds", "many", module=copied)
 
 
 # --- importing
 
 
 IMPORT = """
-import os, socket, sys
-sys.path.insert(0, {root!r})
+import os, random, signal, socket, sys, threading
+import cv2, numpy, torch
 def forbidden(*_):
     raise AssertionError("the import wants the network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = forbidden
-import brain_tumor_integrated_smp as script
-import torch
-assert not torch.cuda.is_initialized()
-assert callable(script.load_model) and callable(script.predict_mask) and callable(script.BrainTumorDataset)
-open({report!r}, "w").write(repr(sorted(os.listdir("."))))
+def state():
+    return (threading.active_count(), cv2.getNumThreads(), torch.get_num_threads(), torch.backends.cudnn.benchmark,
+            torch.initial_seed(), random.getstate(), numpy.random.get_state()[1].tolist(),
+            torch.get_float32_matmul_precision(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
+before = state()
+from brain_tumor_integrated_smp import BrainTumorDataset, load_model, predict_mask, read_image
+assert state() == before and not torch.cuda.is_initialized()
 """
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    """In a fresh process and folder: nothing printed, no file written, no GPU touched, no network asked for."""
-    work = tmp_path / "work"
-    work.mkdir()
-    before = {path: path.stat().st_mtime_ns for path in ROOT.iterdir() if path.name != "__pycache__"}
-    code = IMPORT.format(root=str(ROOT), report=str(tmp_path / "report"))
+    """In a fresh process: nothing printed, no file written, no GPU touched, no network asked for, nothing set."""
+    (tmp_path / "work").mkdir()
+    shutil.copy(SCRIPT, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (done.stdout, done.stderr) == ("", "")
-    assert (tmp_path / "report").read_text() == "[]"
-    assert {path: path.stat().st_mtime_ns for path in ROOT.iterdir() if path.name != "__pycache__"} == before
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT], cwd=tmp_path / "work", capture_output=True,
+                          encoding="utf-8", env=environment | {"PYTHONPATH": str(tmp_path)}, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [SCRIPT.name]

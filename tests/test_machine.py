@@ -1,0 +1,150 @@
+"""What the script makes of the machine: a GPU that lies idle, bfloat16, and the many forms of too little memory."""
+
+import sys
+
+import pytest
+import torch
+from conftest import FAST, script
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Pretend a machine: its nvidia-smi as a shell script (None: it has none), the CUDA of the build, the card."""
+    def pretend(nvidia_smi=None, cuda="12.4", driver_works=False, platform="linux", card=(8, 6), built_for=("sm_86",)):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        if nvidia_smi is not None:
+            (tmp_path / "nvidia-smi").write_text(nvidia_smi)
+            (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for name, value in {"is_available": driver_works, "device_count": int(driver_works), "get_arch_list": built_for,
+                            "get_device_capability": card, "get_device_name": "Some Card"}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    return pretend
+
+
+def checked(capsys, device="cpu"):
+    """What check_gpu() prints: (standard output, standard error)."""
+    cfg = script.default_settings()
+    cfg.DEVICE = device
+    script.check_gpu(cfg)
+    return capsys.readouterr()
+
+
+# --- a GPU that is there is used, or the user is told why not
+
+
+@pytest.mark.parametrize("pretended, said", [
+    ({"nvidia_smi": "#!/bin/sh\necho 'Tesla K80, 470.57.02'", "cuda": "13.2"},
+     ["WARNING", "Tesla K80, 470.57.02", "built for CUDA 13.2", "driver is too old", "README.md, 'GPU'"]),
+    ({"nvidia_smi": "#!/bin/sh\nexit 9"}, ["nvidia-smi says (name, driver): nothing.", "driver is too old"]),
+    ({"nvidia_smi": "#!/no/such/shell"}, ["No such file", "driver is too old"]),
+    ({"nvidia_smi": "", "cuda": None},  # pip answers "already satisfied" otherwise
+     ["WARNING", "CPU-only build", "Uninstall torch and torchvision first", "README.md, 'GPU'"]),
+    ({"platform": "darwin", "cuda": None}, ["Apple's GPU is not used"]),
+    ({"nvidia_smi": "", "driver_works": True}, []),  # the CPU was chosen
+    ({}, [])])
+def test_a_gpu_that_lies_idle_is_explained(pretended, said, machine, capsys):
+    machine(**pretended)
+    text = "".join(checked(capsys))
+    assert all(words in text for words in said) and bool(text) == bool(said)
+    assert "driver is too old" in said or "driver" not in text
+
+
+# A binary runs within its major number, from its minor number on; what the driver compiles, on all later cards.
+@pytest.mark.parametrize("capability, built_for, expected", [
+    ((8, 6), "sm_86", True), ((8, 6), "sm_80", True), ((8, 0), "sm_86", False), ((9, 0), "sm_86", False),
+    ((6, 1), "sm_70", False), ((12, 0), "sm_120", True), ((12, 0), "sm_12", False), ((9, 0), "sm_90a", True),
+    ((9, 0), "compute_86", True), ((12, 0), "compute_90", True), ((7, 0), "compute_61", True),
+    ((8, 6), "compute_90", False), ((8, 6), "compute_86", True), ((9, 0), "lto_90", False)])
+def test_code_that_was_built_for_one_gpu_runs_on_another(capability, built_for, expected):
+    assert script.runs_on(capability, built_for) is expected
+
+
+@pytest.mark.parametrize("card, built_for, cuda", [((7, 5), ["sm_70", "sm_80"], "12.4"), ((9, 0), ["gfx90a"], None)])
+def test_a_card_that_the_build_has_code_for_is_used(card, built_for, cuda, machine, capsys):
+    """The second one is AMD's."""
+    machine(card=card, built_for=built_for, cuda=cuda, driver_works=True)
+    assert checked(capsys, "cuda") == ("", "")
+
+
+@pytest.mark.parametrize("words, pretended, code, said", [
+    (["--device", "cuda"], {"card": (6, 1), "built_for": ["sm_75", "compute_80"], "driver_works": True}, 2,
+     ["Some Card has compute capability 6.1", "sm_75, compute_80", "README.md, 'GPU'", "--device cpu"]),
+    ([], {"nvidia_smi": "", "cuda": None}, 0, ["CPU-only build"])])
+def test_a_run_refuses_an_unfit_card_or_warns(words, pretended, code, said, machine, data, tmp_path, capsys):
+    machine(**pretended)
+    assert script.main([*FAST, "--data-dir", str(data), "--output-dir", str(tmp_path), "--audit", *words]) == code
+    out, err = capsys.readouterr()
+    assert all(part in err for part in said) and ("The data can be used." in out) == (code == 0)
+
+
+def test_several_gpus_without_nccl_end_with_a_sentence(machine, tmp_path, capsys, monkeypatch):
+    machine(driver_works=True)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert script.main([*FAST, "--data-dir", str(tmp_path), "--output-dir", str(tmp_path), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: several GPUs need Linux")
+
+
+# --- bfloat16, and memory that runs out
+
+
+@pytest.mark.parametrize("has_list", [True, False], ids=["get_capabilities", "PyTorch 2.6"])
+@pytest.mark.parametrize("kernels, one_dnn, feature, expected", [
+    ("AVX512", True, True, torch.bfloat16), ("AVX512", True, False, torch.float32),
+    ("AVX512", False, True, torch.float32),  # as in the builds for ARM Macs
+    ("AVX2", True, True, torch.float32)])  # PyTorch was told to use less than the processor has
+def test_auto_is_bfloat16_where_the_processor_has_it(kernels, one_dnn, feature, expected, has_list, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: one_dnn)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": feature}, raising=False)
+    if not has_list:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: feature)
+    assert script.amp_dtype("auto", CPU) == expected
+    with script.autocast("auto", CPU):
+        assert torch.is_autocast_enabled("cpu") == (expected != torch.float32)
+    assert [script.amp_dtype(name, CPU) for name in ("float32", "bfloat16")] == [torch.float32, torch.bfloat16]
+    assert [script.amp_dtype(name, GPU) for name in ("auto", "float32")] == [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("features, expected", [({"amx_bf16": 1}, True), ({"bf16": 1}, True), ({"bf16": 0}, False)])
+def test_other_processors_have_other_names_for_bfloat16(features, expected, monkeypatch):
+    """AMX; ARM; one without."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert script.has_native_bfloat16() is expected
+
+
+OUT_OF_MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), *map(RuntimeError, [
+    "GET was unable to find an engine to execute this computation",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096",
+    "[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: not enough memory: you tried to allocate 4096"])]
+IN_A_WORKER = "Caught {} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ..."
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_each_form_of_too_little_memory_is_recognised_and_answered(error):
+    assert script.is_out_of_memory(error)
+    assert all(word in script.remedy(error) for word in ("memory ran out", "BATCH_SIZE", "NUM_WORKERS", "IMG_SIZE"))
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "), "--num-workers 0"),
+    (RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"), "--num-workers 0"),
+    (OSError(28, "No space left on device", "best.pth"), "No space left on device: 'best.pth'"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), ""), (ValueError("out of memory"), ""),
+    # An edited augmentation fails in a worker: its trace is needed.
+    (ValueError(IN_A_WORKER.format("ValueError")), ""), (RuntimeError(IN_A_WORKER.format("RuntimeError")), "")])
+def test_other_errors_get_what_helps_and_what_nobody_foresaw_keeps_its_trace(error, words):
+    found = script.remedy(error)
+    assert words in found and bool(found) == bool(words) and not script.is_out_of_memory(error)

@@ -1,0 +1,539 @@
+"""The model and its weights, checkpoints in other code, prediction, and the evaluation of a checkpoint."""
+
+import contextlib
+import copy
+import csv
+import hashlib
+import io
+import json
+import math
+
+import background
+import cv2
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from conftest import FAST, box, script, tiny_build_model, write_coco, write_data
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+CPU, LAYOUTS = torch.device("cpu"), (torch.channels_last, torch.contiguous_format)
+PLAIN = {"img_size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "threshold": 0.5, "test_time_augmentation": False}
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    """Tables and JSON are what counts here; drawing would take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_samples", "plot_history", "plot_predictions"):
+            patch.setattr(script, name, lambda path, *_: path.write_bytes(b"a picture"))
+        yield
+
+
+def bright(gain=1000, middle=0.5, shift=0):
+    """The two-layer network with weights by which bright is tumour: logit = gain * (brightness - middle).
+
+    The prediction is moved to the right by shift (0 or 1) pixels. With the gain of 1000 every probability is 0 or 1.
+    """
+    model = tiny_build_model()[0].eval()
+    with torch.no_grad():
+        for weight in (model[0].weight, model[0].bias, model[4].weight):
+            weight.zero_()
+        model[0].weight[0, :, 1, 1 - shift] = 1 / 3  # the mean of the three colours
+        model[4].weight[0, 0], model[4].bias[0] = gain, -gain * middle
+    model.prediction_settings = dict(PLAIN)
+    return model
+
+
+def saved(folder, model=None, **record):
+    """A checkpoint of such a network, with its JSON. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / script.BEST
+    torch.save((model or bright()).state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    script.write_record(path, {"encoder": "resnet18", "architecture": "unet", **PLAIN, "sha256": digest} | record)
+    return path
+
+
+def main(*words):
+    """The exit code of a command line."""
+    return script.main([str(word) for word in (*words, "--device", "cpu")])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def filled(boxes, shape=(64, 64)):
+    """A grey picture with boxes (x, y, width, height, grey level)."""
+    image = np.zeros(shape, np.uint8)
+    for x, y, width, height, level in boxes:
+        image[y:y + height, x:x + width] = level
+    return image
+
+
+def write_cases(folder, *cases):
+    """A split with an image for each case: (annotated boxes, picture)."""
+    images, notes = [], []
+    folder.mkdir(parents=True)
+    for i, (annotated, picture) in enumerate(cases):
+        script.write_image(folder / f"切片_{i}.png", picture)
+        images.append({"id": i, "file_name": f"切片_{i}.png", "height": len(picture), "width": picture.shape[1]})
+        notes += [{"id": len(notes) + j, "image_id": i, "category_id": 1, "segmentation": [box(*where)], "iscrowd": 0}
+                  for j, where in enumerate(annotated)]
+    write_coco(folder, images, notes)
+
+
+def evaluate(path, data, *words):
+    """Run --evaluate on a checkpoint; returns (its record after it, the rows of test_metrics.csv)."""
+    out = path.parent / "out"
+    assert main("--evaluate", "--checkpoint", path, "--data-dir", data, "--output-dir", out, *words) == 0
+    lines = "".join(file.read_text(encoding="utf-8") for file in out.glob("test_metrics.csv")).splitlines()
+    return script.read_record(path)[0], list(csv.DictReader(lines))
+
+
+def predict(path, out, *words):
+    """Run --predict with a checkpoint; returns the exit code."""
+    return main("--predict", *words, "--checkpoint", path, "--output-dir", out)
+
+
+# --- the model and its encoder weights
+
+
+def encoder_file(path, **more):
+    """A file of ResNet18 encoder weights that are easily recognised; more replaces, adds, or (None) takes out some."""
+    weights = smp.Unet("resnet18", encoder_weights=None).encoder.state_dict()
+    weights = {name: torch.full_like(value, 0.25) for name, value in weights.items()} | more
+    weights = {name: value for name, value in weights.items() if value is not None}
+    (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
+    return path
+
+
+@pytest.mark.parametrize("name, more", [("encoder.pth", {}), ("encoder.safetensors", {}), (
+    "torchvision.pth", {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)})])
+def test_encoder_weights_come_from_a_local_file(tmp_path, name, more):
+    """torchvision's own files have a classifier, "fc.", which a segmentation encoder has not."""
+    path = encoder_file(tmp_path / name, **more)
+    model, origin = script.build_model("resnet18", str(path))
+    assert all((value == 0.25).all() or value.dtype == torch.int64 for value in model.encoder.state_dict().values())
+    assert origin == f"file {path}"
+    assert not any((value == 0.25).all() for value in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("spoil, named", [
+    (lambda path: path.unlink(), "not found: .*encoder.pth"), (lambda path: path.write_bytes(b""), "damaged"),
+    (lambda path: path.write_bytes(path.read_bytes()[:5000]), "encoder.pth is damaged"),
+    (lambda path: torch.save([1], path), "holds a list"),
+    (lambda path: encoder_file(path, x=print), "damaged"),  # code: only tensors and plain values are read
+    (lambda path: encoder_file(path, **{"conv1.weight": "text"}), "encoder.pth does not fit.*\n.*conv1.weight"),
+    (lambda path: encoder_file(path, **{"conv1.weight": None}), "does not fit.*\n.*conv1.weight"),
+    (lambda path: encoder_file(path, **{"conv1.weight": torch.zeros(64, 1, 7, 7)}), "conv1.weight.*64, 1, 7, 7"),
+    (lambda path: encoder_file(path, **{"layer9.weight": torch.zeros(3)}), "does not fit.*\n.*layer9.weight")])
+def test_encoder_weights_that_cannot_be_used_are_an_error_that_says_why(tmp_path, spoil, named):
+    path = encoder_file(tmp_path / "encoder.pth")
+    spoil(path)
+    with pytest.raises(script.TrainerError, match=named):
+        script.build_model("resnet18", str(path))
+
+
+@pytest.mark.parametrize("error", [
+    LocalEntryNotFoundError("the hub cannot be reached"), ConnectionResetError(),  # without a word
+    ImportError("the hub cannot be reached: no socksio")])
+def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(error, data, tmp_path, monkeypatch, capsys):
+    """A refusing or SOCKS proxy, or a mirror without https://, raises errors that are no OSError."""
+    def create_model(*_, encoder_weights, **__):
+        if encoder_weights:
+            raise error
+        return tiny_build_model()[0]
+
+    monkeypatch.setattr(script.smp, "create_model", create_model)
+    assert main(*FAST, "--encoder-weights", "imagenet", "--data-dir", data, "--output-dir", tmp_path / "out") == 0
+    err = capsys.readouterr().err
+    for hint in (type(error).__name__, str(error), "HF_ENDPOINT", "--encoder-weights FILE", "LR_RANDOM_START"):
+        assert hint in err
+    assert err.count("WARNING") == err.count("RANDOM weights") == 2 and "its scores are lower" in err
+    origin = script.read_record(tmp_path / "out" / script.BEST)[0]["encoder_weights_from"]
+    assert origin.startswith("random (") and type(error).__name__ in origin
+
+
+@pytest.mark.parametrize("encoder", ["mit_b0", "resnext101_32x4d"])
+def test_an_encoder_that_cannot_be_had_is_an_error_and_not_a_random_start(encoder):
+    """UNet++ does not take the first, and the second has no weights called imagenet: not the network's fault."""
+    with pytest.raises(script.TrainerError, match=encoder):
+        script.build_model(encoder, "imagenet")
+
+
+# --- checkpoints and their records
+
+
+def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(tmp_path, capsys):
+    """The constants say UNet++, ResNet34. Least data: one image to train, one to validate, no test."""
+    data, out = write_data(tmp_path / "data", train=1, valid=1, test=0, size=64), tmp_path / "out"
+    assert main(*FAST, "--architecture", "unet", "--mean", 0.4, 0.5, 0.6, "--data-dir", data, "--output-dir", out) == 0
+    assert f"No test folder ({data / 'test'})" in capsys.readouterr().out
+    assert not [name for name in names(out) if name.startswith("test")]
+    record, model = script.read_record(out / script.BEST)[0], script.load_model(out / script.BEST, "cpu")
+    assert (record["architecture"], record["encoder"], record["img_size"]) == ("unet", "resnet18", 64)
+    assert type(model) is smp.Unet and not model.training and next(model.parameters()).device == CPU
+    assert sum(p.numel() for p in model.parameters()) < 20e6
+    assert model.prediction_settings["mean"] == [0.4, 0.5, 0.6] and model.prediction_settings["std"] == [*script.STD]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The arguments of build_model(), which gives the two-layer network."""
+    calls = []
+    monkeypatch.setattr(script, "build_model", lambda *words: calls.append(words) or tiny_build_model())
+    return calls
+
+
+def test_a_json_from_before_architecture_and_augmentation_loads(tmp_path, asked, monkeypatch, capsys):
+    """Then every model was a UNet++, whatever the constant says now."""
+    path = saved(tmp_path)
+    old = script.read_record(path)[0]
+    del old["architecture"], old["test_time_augmentation"]
+    script.write_record(path, old)
+    monkeypatch.setattr(script, "ARCHITECTURE", "unet")
+    model = script.load_model(path, "cpu")
+    assert asked == [("resnet18", None, "unetplusplus")] and capsys.readouterr().err == ""
+    assert model.prediction_settings == PLAIN | {"mean": [0, 0, 0], "std": [1, 1, 1]}
+
+
+@pytest.mark.parametrize("spoil, why", [
+    (lambda path: path.with_suffix(".json").unlink(), "there is no"),
+    (lambda path: torch.save(bright(gain=5).state_dict(), path), "does not belong to"),
+    *[(lambda path, text=text: path.with_suffix(".json").write_bytes(text), "is damaged")
+      for text in (b"{", b"[]", b"\xff\xfe\x00", b'{"img_size": 96}')]])
+def test_without_a_json_to_be_trusted_load_model_uses_the_settings_and_says_so(tmp_path, asked, capsys, spoil, why):
+    path, cfg = saved(tmp_path), script.default_settings()
+    spoil(path)
+    cfg.ENCODER, cfg.ARCHITECTURE, cfg.IMG_SIZE, cfg.TEST_TIME_AUGMENTATION = "resnet50", "linknet", 224, True
+    model = script.load_model(path, "cpu", cfg)
+    err = capsys.readouterr().err
+    assert "WARNING" in err and script.BEST in err and why in err and "'img_size': 224" in err and "resnet50" in err
+    assert asked == [("resnet50", None, "linknet")] and model.record == {}
+    assert model.prediction_settings == script.prediction_settings(cfg)
+
+
+@pytest.fixture(scope="module")
+def one_kind(tmp_path_factory):
+    """A run on one of two categories, whose first validation image is also one in train: (data, output, text)."""
+    data = write_data(tmp_path_factory.mktemp("kinds") / "data", 8, 3, 2, size=64)
+    (data / "valid" / "slice_0.png").write_bytes((data / "train" / "slice_0.png").read_bytes())
+    for path in data.glob("*/*.json"):
+        coco = json.loads(path.read_text(encoding="utf-8"))
+        coco["categories"].append({"id": 2, "name": "oedema"})
+        coco["annotations"] += [{"id": 100 + i, "image_id": image["id"], "category_id": 2, "iscrowd": 0,
+                                 "segmentation": [box(2, 2, 12, 12)]} for i, image in enumerate(coco["images"])]
+        path.write_text(json.dumps(coco), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        patch.setattr(script, "build_model", tiny_build_model)
+        assert main(*FAST, "--categories", "tumor", "--data-dir", data, "--output-dir", data.parent / "run") == 0
+    return data, data.parent / "run", text.getvalue()
+
+
+@pytest.mark.parametrize("name, part", [(script.BEST, None), (script.LAST, "average")])
+def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked, monkeypatch, capsys, name, part):
+    """Nothing is downloaded for it, and its learning rate is that of pretrained weights."""
+    data, run, _ = one_kind
+    old, seen, inner, out = background.read(run, name), [], script.train_one_epoch, tmp_path / "out"
+    monkeypatch.setattr(script, "train_one_epoch", lambda model, *rest, **options: seen.append(
+        copy.deepcopy(dict(model.state_dict()))) or inner(model, *rest, **options))
+    assert main(*FAST, "--encoder-weights", "imagenet", "--img-size", 96, "--data-dir", data, "--output-dir", out,
+                "--init-weights", run / name) == 0
+    assert background.differences(seen[0], dict(old[part] if part else old)) == [] and asked[0][1] is None
+    record = script.read_record(out / script.BEST)[0]
+    assert record["encoder_weights_from"] == f"checkpoint {run / name}" and record["img_size"] == 96
+    assert f"Learning rate {script.LR:g} (LR), because" in capsys.readouterr().out
+
+
+def test_init_weights_that_do_not_fit_are_an_error(one_kind, tmp_path, capsys):
+    words = ["--data-dir", one_kind[0], "--output-dir", tmp_path / "out", "--init-weights", one_kind[1] / script.BEST]
+    assert main(*FAST, *words) == 2 and not list((tmp_path / "out").glob("unet*"))
+    assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_lie_in_memory_as_the_inputs_do(tmp_path, tiny, monkeypatch, layout):
+    monkeypatch.setattr(script, "memory_format", lambda device: layout)
+    model, images = script.load_model(saved(tmp_path), "cpu"), script.to_input(noise(2, 64, 64, 3), CPU)
+    for tensor in (model[0].weight, images):
+        assert [one for one in LAYOUTS if tensor.is_contiguous(memory_format=one)] == [layout]
+
+
+# --- predict_mask, with and without test-time augmentation
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (80, 50), (31, 200), (256, 256), (1, 1)])
+def test_a_predicted_mask_has_the_size_of_its_image(height, width):
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, width // 2:] = 255
+    mask = script.predict_mask(bright(), image)
+    assert mask.dtype == np.uint8 and mask.shape == (height, width) and set(np.unique(mask)) <= {0, 1}
+    assert (mask[:, 0] == (width == 1)).all() and mask[:, -1].all()
+
+
+@pytest.mark.parametrize("image", [
+    noise(64, 64), noise(64, 64, 1), noise(64, 64, 4), noise(64, 64, 3) / 1, noise(64, 64, 3) > 9, noise(2, 64, 64, 3),
+    torch.zeros(64, 64, 3, dtype=torch.uint8), [[1, 2, 3]], None, "scan.png", noise(0, 64, 3), noise(64, 0, 3)])
+def test_predict_mask_refuses_everything_but_rgb_bytes(image):
+    with pytest.raises(ValueError, match="RGB uint8"):
+        script.predict_mask(bright(), image)
+
+
+def test_predict_mask_takes_views_such_as_bgr_turned_into_rgb():
+    """image[..., ::-1] after cv2 has negative strides, also where nothing is resized. Only red counts here."""
+    model, image = bright(), noise(64, 64, 3)
+    with torch.no_grad():
+        model[0].weight[0, :, 1, 1] = torch.tensor([1.0, 0, 0])
+    for view in (image[..., ::-1], image[:, ::-1], image[::-1]):
+        assert np.array_equal(script.predict_mask(model, view), view[..., 0] > 127)
+
+
+def test_predict_mask_leaves_image_and_model_as_they_were():
+    model, image = bright(), noise(64, 64, 3)
+    before, weights = image.copy(), copy.deepcopy(model.state_dict())
+    mask = script.predict_mask(model, image)
+    assert not model.training
+    model.train()
+    assert np.array_equal(script.predict_mask(model, image), mask)  # without dropout, with the running statistics
+    assert model.training and np.array_equal(image, before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 0.26}, {"mean": (-0.2,) * 3}, {"std": (0.7,) * 3}])
+def test_predict_mask_follows_the_stored_threshold_and_statistics(changes):
+    """Brightness 0.4 is probability 0.269 here, with mean -0.2 or deviation 0.7 more than 0.5."""
+    model, image = bright(gain=10), np.full((64, 64, 3), 102, np.uint8)
+    assert not script.predict_mask(model, image).any()
+    model.prediction_settings |= changes
+    assert script.predict_mask(model, image).all()
+    assert script.predict_mask(bright(gain=0), image).all()  # 0.5 everywhere: equal to the threshold is tumour
+
+
+def test_a_model_from_elsewhere_predicts_with_the_constants_and_says_so_once(capsys):
+    model, same, image = bright(), bright(), noise(100, 70, 3)
+    del model.prediction_settings
+    same.prediction_settings = script.prediction_settings(script.default_settings())
+    for warned in (True, False):
+        assert np.array_equal(script.predict_mask(model, image), script.predict_mask(same, image))
+        assert (f"'img_size': {script.IMG_SIZE}" in capsys.readouterr().err) == warned
+
+
+def test_test_time_augmentation_is_the_mean_over_the_eight_flips_and_turns():
+    """A network that makes a knight's move, 1 down and 2 to the right, which no symmetry maps onto itself.
+
+    So each of the views sends a white pixel to another one of the eight squares that a knight can reach.
+    """
+    model, image = bright(), np.zeros((32, 32, 3), np.uint8)
+    model.forward = lambda images: torch.roll(images[:, :1], (1, 2), (2, 3)) * 400 - 200  # probability 1 or 0
+    image[10, 20] = 255
+    once, expected = np.zeros((32, 32), np.float32), np.zeros((32, 32), np.float32)
+    once[11, 22] = 1
+    for down, right in ((1, 2), (2, 1)):
+        for row in (10 - down, 10 + down):
+            expected[row, [20 - right, 20 + right]] = 1 / 8
+    assert np.array_equal(script.predict_probability(model, image, 32, 32), once)
+    model.prediction_settings["test_time_augmentation"] = True
+    assert np.array_equal(script.predict_probability(model, image, 32, 32), expected)
+
+
+def test_evaluation_prediction_and_predict_mask_use_test_time_augmentation_alike(tmp_path, tiny):
+    """A network that predicts one pixel too far to the right: 9 of 10 columns of a box are found, Dice 0.9.
+
+    The mean over the views is 1/4 per neighbour inside the box: at thresholds up to 0.5 just the box. So the best
+    threshold, and the nearest to 0.5, is 0.5, with Dice 1.
+    """
+    picture, data = filled([(20, 30, 10, 10, 255)]), tmp_path / "data"
+    for split in ("valid", "test"):
+        write_cases(data / split, ([(20, 30, 10, 10)], picture))
+    path = saved(tmp_path / "run", bright(shift=1))
+    for words, augmented, dice in (([], False, 0.9), (["--test-time-augmentation"], True, 1.0), ([], False, 0.9)):
+        record, rows = evaluate(path, data, *words)
+        assert record["test_time_augmentation"] is augmented and record["threshold"] == 0.5
+        assert record["valid_metrics"]["dice"] == record["test_metrics"]["dice"] == pytest.approx(dice)
+        assert float(rows[0]["dice"]) == pytest.approx(dice)
+        model = script.load_model(path, "cpu")
+        mask = script.predict_mask(model, np.dstack([picture] * 3))
+        assert np.array_equal(mask, picture // 255 if augmented else np.roll(picture, 1, 1) // 255)
+        out = tmp_path / f"masks_{len(names(tmp_path))}"
+        assert predict(path, out, data / "test") == 0
+        assert np.array_equal(script.read_image(out / "切片_0_mask.png")[..., 0], 255 * mask)
+
+
+# --- --evaluate
+
+
+DECOY = [([(8, 8, 20, 20)], filled([(8, 8, 20, 20, 102), (40, 40, 16, 16, 51)]))]
+# Large: 1,000 pixels with probability 0.90, and 500 wrong ones with 0.60. Small: 16 pixels with 0.398. Up to 0.35 Dice
+# is 0.8 and 1, from 0.65 on it is 1 and 0; of all pixels together 0.80 and 0.99.
+UNEQUAL = [([(2, 2, 50, 20)], filled([(2, 2, 50, 20, 184), (2, 40, 50, 10, 138)])),
+           ([(30, 30, 4, 4)], filled([(30, 30, 4, 4, 117)]))]
+
+
+@pytest.mark.parametrize("cases, middle, threshold, dice", [
+    (DECOY, 0.5, 0.25, 1), (DECOY, 0.3, 0.5, 1), (DECOY, 0.1, 0.75, 1), (UNEQUAL, 0.5, 0.35, 0.9)])
+def test_the_threshold_is_the_least_extreme_of_the_best_on_valid(tmp_path, tiny, cases, middle, threshold, dice):
+    """Of tumour and decoy, probabilities 0.269 and 0.047, or 0.731 and 0.269, or 0.953 and 0.731."""
+    write_cases(tmp_path / "data" / "valid", *cases)
+    record, rows = evaluate(saved(tmp_path / "run", bright(10, middle)), tmp_path / "data")
+    assert record["threshold"] == threshold and record["valid_metrics"]["dice"] == pytest.approx(dice) and rows == []
+
+
+def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed_lines(tmp_path, tiny, capsys):
+    """Cases whose numbers are known by hand: Dice, HD95, tumours annotated, touched, and predicted for nothing."""
+    block = (20, 20, 10, 10)
+    cases = [
+        ([block], [(*block, 255)], (1, 0, 1, 1, 0)),
+        # Distances of boundaries 0, 0 and 30: their 95th percentile is 27.
+        ([(5, 5, 1, 1), (35, 5, 1, 1)], [(5, 5, 1, 1, 255)], (2 / 3, 27, 2, 1, 0)),
+        ([], [(*block, 255)], (0, math.hypot(64, 64), 0, 0, 1)),
+        ([], [], (1, 0, 0, 0, 0)),
+        ([block], [(23, 20, 10, 10, 255)], (0.7, 3, 1, 1, 0))]  # three pixels too far to the right
+    data = tmp_path / "data"
+    write_cases(data / "test", *[(annotated, filled(boxes)) for annotated, boxes, _ in cases])
+    write_cases(data / "valid", ([block], filled([(*block, 255)])))
+    record, rows = evaluate(saved(tmp_path / "run"), data)
+    columns = ("dice", "hd95_px", "lesions", "lesions_found", "false_lesions")
+    for row, (_, _, numbers) in zip(rows, cases, strict=True):
+        assert [float(row[name]) for name in columns] == pytest.approx(numbers, abs=1e-6)
+    found, dice = record["test_metrics"], np.array([case[2][0] for case in cases])
+    iou = dice / (2 - dice)
+    for name, values in (("dice", dice), ("iou", iou)):
+        assert found[name] == pytest.approx(values.mean())
+        assert found[f"{name}_95_ci"] == pytest.approx(script.confidence_interval(values))
+    assert found["hd95_px"] == pytest.approx((27 + math.hypot(64, 64) + 3) / 5)
+    assert [found[name] for name in columns[2:]] == [4, 3, 1]
+    out = capsys.readouterr().out
+    low, high, iou_low, iou_high = (f"{value:.4f}" for value in found["dice_95_ci"] + found["iou_95_ci"])
+    for line in ("Threshold 0.50 gives the best Dice on valid. Means over images at the original resolution;\n"
+                 "both masks empty scores 1, only one of them empty 0:\n",
+                 "  valid  1 images  dice 1.0000  iou 1.0000  precision 1.0000  recall 1.0000  pooled_dice 1.0000\n",
+                 f"  test   5 images  dice 0.6733  iou {iou.mean():.4f}  precision 0.7400  recall 0.6400  pooled_dice ",
+                 f"of the mean: dice {low} to {high}, iou {iou_low} to {iou_high} (too narrow if several images\n"
+                 "  come from one patient)\n",
+                 "  HD95 24.1 px; 3 of 4 tumours touched, 1 predicted where there is none\n"):
+        assert line in out
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny, augmented):
+    """Pixels are counted here. The images differ in size: threads must not mix up their order."""
+    cases, data, path = [], tmp_path / "data", saved(tmp_path / "run", bright(20, 0.58, shift=1))
+    for i, (height, width) in enumerate([(160, 200), (64, 64), (90, 130), (150, 70), (31, 48), (64, 64), (128, 128)]):
+        where, blurred = (width // 4, height // 3, width // 3 + i, height // 3), cv2.blur(noise(height, width), (9, 9))
+        cases.append(([where], np.maximum(blurred, filled([(*where, 160)], (height, width)))))
+    write_cases(data / "test", *cases)
+    write_cases(data / "valid", *cases[4:])
+    _, rows = evaluate(path, data, *["--test-time-augmentation"] * augmented)
+    model, total = script.load_model(path, "cpu"), 0
+    for i, (row, (boxes, picture)) in enumerate(zip(rows, cases, strict=True)):
+        mask, truth = script.predict_mask(model, np.dstack([picture] * 3)), filled([(*boxes[0], 1)], picture.shape)
+        counts = [(mask & truth).sum(), (mask & ~truth & 1).sum(), (truth & ~mask & 1).sum()]
+        assert row["file_name"] == f"切片_{i}.png"
+        assert [int(row[f"{kind}_px"]) for kind in ("true_positive", "false_positive", "false_negative")] == counts
+        total += np.array(counts)
+    assert total.all()  # there is something of each kind
+
+
+@pytest.mark.parametrize("words", [[], ["--categories", "oedema"], ["--categories", "tumor"]])
+def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(one_kind, tmp_path, tiny, capsys, words):
+    data, run, _ = one_kind
+    record, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
+    before = script.read_record(run / script.BEST)[0]
+    assert record["threshold"] == before["threshold"] and record["settings"]["CATEGORIES"] == ["tumor"]
+    for split in ("valid_metrics", "test_metrics"):
+        assert record[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
+    tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
+    assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
+    said = "scored is what the model was trained on: ('tumor',)" in capsys.readouterr().out
+    assert said == (words != ["--categories", "tumor"])
+
+
+def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kind, tmp_path, tiny, capsys):
+    data, run, text = one_kind
+    counts = script.read_record(run / script.BEST)[0]["data_counts"]
+    assert {name: part["look_like_train"] for name, part in counts.items()} == {"train": 0, "valid": 1, "test": 0}
+    sentence = "1 of 3 valid images look like an image in train: scores are too good for new patients"
+    evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data)
+    again = capsys.readouterr().out
+    assert text.count(sentence) == 2 and again.count(sentence) == 1  # in the audit, and below the scores
+    assert "test images look like" not in text + again
+
+
+def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_path, tiny):
+    """Brightness 0.4 is tumour only if the mean on the command line makes it 0.8."""
+    path, data = saved(tmp_path / "run"), tmp_path / "data"
+    path.with_suffix(".json").unlink()
+    for split in ("valid", "test"):
+        write_cases(data / split, ([(0, 0, 64, 64)], filled([(0, 0, 64, 64, 102)])))
+    for mean, share in ((0.4, 0), (-0.4, 1)):
+        words, out = ["--img-size", 96, "--mean", *[mean] * 3, "--std", 1, 1, 1], tmp_path / f"masks{mean}"
+        assert float(evaluate(path, data, *words)[1][0]["dice"]) == share
+        assert predict(path, out, data / "test", *words) == 0
+        assert script.read_image(out / "切片_0_mask.png").mean() == 255 * share
+    assert names(path.parent) == [".brain_tumor.lock", "out", script.BEST]
+
+
+# --- --predict
+
+
+def test_predict_writes_a_mask_and_an_overlay_for_each_image(tmp_path, tiny, capsys):
+    (tmp_path / "影像").mkdir()
+    image, out = tmp_path / "影像" / "扫描 1.png", tmp_path / "out"
+    script.write_image(image, filled([(10, 16, 32, 12, 255)], (60, 64)))
+    assert predict(saved(tmp_path), out, image) == 0
+    assert names(out) == ["扫描 1_mask.png", "扫描 1_overlay.png"]
+    mask, overlay = (script.read_image(out / name) for name in names(out))
+    expected = script.predict_mask(bright(), script.read_image(image))
+    assert np.array_equal(mask, 255 * np.dstack([expected] * 3))
+    assert overlay[22, 20].tolist() == [255, 178, 178] and overlay[50, 50].tolist() == [0, 0, 0]  # tinted red
+    assert overlay[expected > 0].tolist().count([255, 0, 0]) == 2 * (32 + 12) - 4  # the outline
+    assert f"{100 * expected.mean():.2f} % tumour -> 扫描 1_mask.png, 扫描 1_overlay.png" in capsys.readouterr().out
+
+
+def write_scans(folder, *scans):
+    """Images of noise, each another one."""
+    for number, name in enumerate(scans):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        script.write_image(folder / name, noise(64, 64, seed=number))
+    return [folder / name for name in scans]
+
+
+def test_predict_never_writes_over_an_input_or_over_an_earlier_result(tmp_path, tiny):
+    out, path = tmp_path / "out", saved(tmp_path)
+    *scans, _ = write_scans(tmp_path, "a/scan.png", "b/scan.jpg", "out/scan_mask.png")
+    for count in (5, 9):
+        kept = {file: file.read_bytes() for file in out.iterdir()}
+        assert predict(path, out, *scans) == 0 and len(names(out)) == count
+        assert all(file.read_bytes() == content for file, content in kept.items())
+    masks = {script.read_image(file)[..., 0].tobytes() for file in out.glob("scan_mask_*.png")}
+    assert masks == {(255 * script.predict_mask(bright(), script.read_image(scan))).tobytes() for scan in scans}
+
+
+def test_predict_takes_all_images_of_a_folder_but_not_its_own_outputs(tmp_path, tiny):
+    folder, path = tmp_path / "scans", saved(tmp_path)
+    write_scans(folder, "one.png", "deeper/two.JPG", "training_samples.png")
+    (folder / "notes.txt").write_text("no image")
+    for count in (8, 12, 16):  # the second and third time: the pictures of before are no inputs, with a number or not
+        assert predict(path, folder, folder) == 0 and len(names(folder)) == count
+    assert {"one_mask.png", "one_overlay_3.png", "two_mask_2.png", "two_overlay.png"} < set(names(folder))
+
+
+def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp_path, tiny, capsys):
+    path, out = saved(tmp_path), tmp_path / "out"
+    scans = write_scans(tmp_path, "bad.png", "good.png")
+    (tmp_path / "empty").mkdir()
+    scans[0].write_bytes(b"no image")
+    for checkpoint, sources, words in (
+            (path, [tmp_path / "gone.png"], "gone.png"), (path, [tmp_path / "empty"], "no images found in"),
+            (path.with_name("gone.pth"), scans, "gone.pth"), (path, scans, "1 of 2 file(s) could not be read:\n  - ")):
+        assert predict(checkpoint, out, *sources) == 2 and words in capsys.readouterr().err
+    assert names(out) == ["good_mask.png", "good_overlay.png"]
+    assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2
+    assert f"no checkpoint to evaluate: {out / script.BEST}" in capsys.readouterr().err
