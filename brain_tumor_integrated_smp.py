@@ -2187,6 +2187,7 @@ def main(argv: list[str] | None = None) -> int:
         # What a process finds before it has met the others, the first one finds too.
         silent = rank() > 0 and (error.shared or not dist.is_initialized())
         code, message = error.exit_code, "" if silent else str(error)
+        error.__traceback__ = None  # what a worker raised refers to itself through it, and so keeps the workers
     except Exception as error:
         if not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
             message = remedy(error)

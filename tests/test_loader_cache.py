@@ -136,7 +136,7 @@ def test_a_pickled_copy_carries_no_pixels_and_maps_the_same_ones(prepared):
     dataset.sample(0)
     assert len(pickle.dumps(dataset)) < len(pickle.dumps(make_dataset(prepared, cached=False))) + 1000
     copy = pickle.loads(pickle.dumps(dataset))
-    dataset.cache.pixels(dataset.records[2].slot)[5, 7] = 9, 8, 7, 1
+    dataset.cache.pixels(dataset.records[2].slot, "r+")[5, 7] = 9, 8, 7, 1
     image, mask = copy.sample(2)
     assert image[5, 7].tolist() == [9, 8, 7] and mask[5, 7] == 1
 
