@@ -729,9 +729,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
         return model, f"random ({reason})"
     if encoder_weights is None:
         return model, "random"
-    # A torchvision file has a classifier, "fc.", too.
-    weights = {name: value for name, value in read_weights(encoder_weights).items() if not name.startswith("fc.")}
-    load_weights(model.encoder, weights, encoder_weights)
+    load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
     return model, f"file {encoder_weights}"
 
 
@@ -1175,7 +1173,6 @@ class Run:
             if not own.is_floating_point():  # BatchNorm counts its batches
                 averaged.copy_(own)
             if world_size() > 1:
-                dist.broadcast(own, 0)
                 dist.broadcast(averaged, 0)
 
     def state(self) -> dict:
@@ -1237,6 +1234,7 @@ def train(cfg: Settings, resume: bool) -> None:
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
     state = read_last(cfg) if resume else None
+    STOP.saved = resume
     with held_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
         loaders = {}
         for name in ("train", "valid"):
@@ -1247,13 +1245,14 @@ def train(cfg: Settings, resume: bool) -> None:
         run = Run(cfg, device, fingerprint(splits), steps_per_epoch, state)
         with CheckpointWriter(output, describe_run(cfg, device, splits, run.weights_from)) as writer:
             if state:
-                say(f"Going on after epoch {run.epoch}; best validation Dice {run.best_dice:.4f} (epoch "
-                    f"{run.best_epoch}).")
+                best = f"; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch})" if run.epoch else ""
+                say(f"Going on after epoch {run.epoch}{best}.")
                 if run.epoch >= cfg.EPOCHS:
                     say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
                 elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
                     run.waited = 0  # it had stopped early, and more epochs are asked for
                 writer.repair(state)
+                state = None  # as large as the run itself
             elif rank() == 0:
                 keep_earlier_run(output)
                 plot_samples(output / "training_samples.png", loaders["train"].dataset)
@@ -1353,7 +1352,7 @@ class CheckpointWriter:
             except BaseException as error:  # raised again by wait(), in the thread that can act on it
                 self.error = error
 
-        self.thread = threading.Thread(target=work, daemon=True)  # a second Ctrl-C does not wait for it
+        self.thread = threading.Thread(target=work, name="writer", daemon=True)  # a second Ctrl-C does not wait for it
         self.thread.start()
 
     def wait(self) -> None:
@@ -1442,7 +1441,7 @@ def keep_earlier_run(output: Path) -> None:
         os.replace(file, folder / file.name)
     say(f"The earlier run of this folder is now in {folder}.")
     if files[-1].name == LAST:
-        say(f"To go on with it, stop this one (Ctrl-C) and add to its command: --resume --output-dir {folder}")
+        say(f"To go on with it, stop this one (Ctrl-C) and add to its command: --resume --output-dir \"{folder}\"")
 
 
 # ===== Evaluation and prediction, through the same path ===============================================================
@@ -1473,6 +1472,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
                         record.get("architecture", "unetplusplus" if record else cfg.ARCHITECTURE))[0]
     load_weights(model, weights, checkpoint)
     model.record = record
+    settings["test_time_augmentation"] &= not record  # a record from before there was this did without
     model.prediction_settings = {name: record.get(name, value) for name, value in settings.items()}
     device = torch.device(device or cfg.DEVICE)
     return model.to(device, memory_format=memory_format(device)).eval()
@@ -1616,9 +1616,12 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     for source in map(Path, sources):
         if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
-        files += [source] if source.is_file() else [
-            path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
-            and path.name not in RUN_FILES and not re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)]
+        found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+        own = [path for path in found
+               if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)]
+        if own:
+            say(f"Left out {len(own)} file(s) of {source} that are named like results of this script.")
+        files += [source] if source.is_file() else [path for path in found if path not in own]
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     model = load_model(checkpoint, cfg=cfg)
@@ -1853,7 +1856,12 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     else:
         train(cfg, mode.resume)
     if dist.is_initialized():
+        # PyTorch 2.6 hangs in the end of a group whose thread still has to let go of a tensor: hold on to the last one.
+        last = torch.zeros(1, device=cfg.DEVICE)
+        work = dist.all_reduce(last, async_op=True)
+        work.wait()
         dist.destroy_process_group()
+        del last, work
 
 
 # ===== Plumbing: the machine ==========================================================================================
@@ -2195,6 +2203,7 @@ def main(argv: list[str] | None = None) -> int:
                 traceback.print_exc()
                 message = "nobody foresaw this; the lines above say where it happened."
             code, message = 1, message + (f"\n{GO_ON}" if STOP.saved else "")
+        error.__traceback__ = None
     finally:
         gc.collect()  # lets go of the frames of a failed run, and so ends its workers
         for number, handler in handlers.items():
@@ -2208,4 +2217,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if any(thread.name == "writer" for thread in threading.enumerate()):  # after a second Ctrl-C
+        os._exit(exit_code)  # Python cannot end in order while a thread is in C++ code
+    sys.exit(exit_code)
