@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -309,7 +310,7 @@ def test_an_earlier_run_is_kept_together_and_can_be_gone_on_with(here, finished)
     (kept,) = finished.glob("earlier_run_*")
     assert contents(kept) == earlier and f"is now in {kept}." in text
     assert len(table_rows(finished)) == 1 + 1 and read(finished)["settings"]["SEED"] == 5
-    words = re.search("add to its command: (.*)", text)[1].split()
+    words = shlex.split(re.search("add to its command: (.*)", text)[1])
     code, text = here(alone(finished, *words, "--epochs", 5))
     assert code == 0 and "Going on after epoch 4" in text
     assert len(table_rows(kept)) == 1 + 5 and len(table_rows(finished)) == 1 + 1
