@@ -1620,8 +1620,8 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
         found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-        own = [path for path in found
-               if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)]
+        own = {path for path in found
+               if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)}
         if own:
             say(f"Left out {len(own)} file(s) of {source} that are named like results of this script.")
         files += [source] if source.is_file() else [path for path in found if path not in own]
