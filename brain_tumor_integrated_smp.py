@@ -37,7 +37,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -169,14 +168,13 @@ class Record:
     height: int  # pixels, of the annotation's coordinate system
     width: int
     rles: list[dict] = field(default_factory=list)  # its annotations that have an area, as compressed COCO RLEs
+    remarks: list[str] = field(default_factory=list)  # what is suspicious about it
     # Found by scan():
     slot: int = -1  # its place in the cache
     error: str = ""  # why it cannot be read
     digest: str = ""  # of its pixels
     mask_digest: str = ""
     share: float = 0.0  # of the image that is tumour
-    vanishes: bool = False  # the tumour is gone at IMG_SIZE
-    stretched: bool = False  # the file has another size than the JSON says
     thumbnail: np.ndarray | None = None  # float32 [1024]: grey 32x32, mean 0, length 1
 
     def mask(self) -> np.ndarray:
@@ -210,7 +208,6 @@ class Split:
 
     records: list[Record]
     annotations: int  # that count, see CATEGORIES
-    remarks: list[str]  # suspicious annotations, as sentences
     unnamed: int  # image files that no entry names
     is_sample: bool  # made by this project
     skipped: int = 0  # images that cannot be read
@@ -305,7 +302,7 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
     records, problems = read_image_entries(coco["images"], split_dir)
-    listed_ids, remarks, counted = {str(entry.get("id")) for entry in coco["images"]}, [], 0
+    listed_ids, counted = {str(entry.get("id")) for entry in coco["images"]}, 0
     for entry in coco["annotations"]:
         label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
         if str(entry.get("image_id")) not in listed_ids:
@@ -314,14 +311,14 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
             continue
         counted += 1
         try:
-            rle, odd = segmentation_to_rle(entry.get("segmentation"), record.height, record.width)
+            rle, remarks = segmentation_to_rle(entry.get("segmentation"), record.height, record.width)
         except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"{label} of {record.file_name}: {error}")
             continue
         pixels = int(coco_mask.area(rle)) if rle is not None else 0
         if rle is not None and pixels < FEW_PIXELS:
-            odd.append(f"the mask has only {pixels} pixels")
-        remarks += [f"{record.file_name}, {label}: {remark}" for remark in odd]
+            remarks.append(f"the mask has only {pixels} pixels")
+        record.remarks += [f"{label}: {remark}" for remark in remarks]
         record.rles += [rle] if pixels else []
     if problems:
         raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{listed(problems)}\n"
@@ -329,7 +326,7 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     paths = {os.path.normcase(record.path) for record in records.values()}
     unnamed = sum(path.suffix.lower() in IMAGE_SUFFIXES and os.path.normcase(path) not in paths
                   for path in split_dir.rglob("*"))
-    return Split(list(records.values()), counted, remarks, unnamed, SAMPLE_MARK in str(coco.get("info")))
+    return Split(list(records.values()), counted, unnamed, SAMPLE_MARK in str(coco.get("info")))
 
 
 def read_image_entries(entries: list[dict], split_dir: Path) -> tuple[dict[str, Record], list[str]]:
@@ -376,29 +373,34 @@ class PixelCache:
         shape = (self.img_size, self.img_size, 4)
         return np.memmap(self.path, np.uint8, mode, slot * math.prod(shape), shape)
 
-    def close(self) -> None:
-        """Remove the file. Where the system refuses, the next run does."""
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+
+def cache_path(run_folder: Path) -> Path:
+    """Where the cache of a run lies."""
+    name = hashlib.sha256(str(run_folder.resolve()).encode(errors="replace")).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"brain_tumor_cache_{name}.bin"
+
+
+def remove_cache(run_folder: Path) -> None:
+    """Where the system refuses, the next run does it."""
+    with contextlib.suppress(OSError):
+        cache_path(run_folder).unlink(missing_ok=True)
 
 
 def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None:
     """A cache for count images, or None, said, when it is switched off, too large or finds no room."""
-    name = hashlib.sha256(str(run_folder.resolve()).encode(errors="replace")).hexdigest()[:16]
-    folder, size = Path(tempfile.gettempdir()), count * cfg.IMG_SIZE**2 * 4
-    cache = PixelCache(folder / f"brain_tumor_cache_{name}.bin", cfg.IMG_SIZE)
+    path, size = cache_path(run_folder), count * cfg.IMG_SIZE**2 * 4
+    remove_cache(run_folder)  # of a killed run
     try:
-        if size <= 1e9 * cfg.CACHE_GB and size < 0.9 * shutil.disk_usage(folder).free:
-            cache.path.unlink(missing_ok=True)
-            with open(cache.path, "xb") as file:
+        if size <= 1e9 * cfg.CACHE_GB and size < 0.9 * shutil.disk_usage(path.parent).free:
+            with open(path, "xb") as file:
                 if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end in a bus error later
                     os.posix_fallocate(file.fileno(), 0, size)
                 file.truncate(size)
-            return cache
-        reason = f"they need {size / 1e9:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}, {folder} may be full"
+            return PixelCache(path, cfg.IMG_SIZE)
+        reason = f"they need {size / 1e9:.1f} GB, CACHE_GB allows {cfg.CACHE_GB:g}, {path.parent} may be full"
     except OSError as error:
         reason = str(error)
-        cache.close()
+        remove_cache(run_folder)
     say(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).\n"
         "The environment variable TMPDIR (on Windows TEMP) names another folder for them.")
     return None
@@ -416,8 +418,11 @@ def scan(record: Record, img_size: int, cache: PixelCache | None) -> None:
     truth = record.mask()
     record.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     record.mask_digest, record.share = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
-    record.vanishes = bool(truth.any() and not mask.any())
-    record.stretched = full.shape[:2] != truth.shape
+    if truth.any() and not mask.any():
+        record.remarks.append(f"the tumour disappears at IMG_SIZE {img_size}")
+    if full.shape[:2] != truth.shape:
+        record.remarks.append(f"the JSON says {record.width}x{record.height} pixels, the file differs (the mask is "
+                              "stretched with the image)")
     small = resize(cv2.cvtColor(full, cv2.COLOR_RGB2GRAY), 32, 32).astype(np.float32).ravel()
     small -= small.mean()
     record.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
@@ -427,7 +432,7 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None) -> tu
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits; "test" may be missing on disk, and is left out then. run_folder: held by this run; None: no
-    cache. Returns (splits by name, cache or None). The caller closes the cache. Raises TrainerError.
+    cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
     folder = {name: Path(cfg.DATA_DIR) / name for name in names}
     if "test" in names and not folder["test"].is_dir():
@@ -441,32 +446,27 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None) -> tu
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
-    try:
-        in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
-        bad = [record.error for record in records if record.error]
-        for split in splits.values():
-            good = [record for record in split.records if not record.error]
-            split.skipped, split.records = len(split.records) - len(good), good
-        print_audit(splits, cfg.IMG_SIZE)
-        if bad and not cfg.SKIP_BAD_IMAGES:
-            raise TrainerError(f"{len(bad)} image(s) cannot be read:{listed(bad)}\nRepair or remove them, or set "
-                               "SKIP_BAD_IMAGES = True (--skip-bad-images) to go on without them.")
-        if bad:
-            warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
-        for name, split in splits.items():
-            if not split.records or name == "train" and not any(record.share for record in split.records):
-                missing = "tumour pixel" if split.records else "readable image"
-                raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
-            if name == "train" and len(split.records) < world_size():
-                raise TrainerError("there are fewer training images than processes")
-        return splits, cache
-    except BaseException:
-        if cache is not None:
-            cache.close()
-        raise
+    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
+    bad = [record.error for record in records if record.error]
+    for split in splits.values():
+        good = [record for record in split.records if not record.error]
+        split.skipped, split.records = len(split.records) - len(good), good
+    print_audit(splits)
+    if bad and not cfg.SKIP_BAD_IMAGES:
+        raise TrainerError(f"{len(bad)} image(s) cannot be read:{listed(bad)}\nRepair or remove them, or set "
+                           "SKIP_BAD_IMAGES = True (--skip-bad-images) to go on without them.")
+    if bad:
+        warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
+    for name, split in splits.items():
+        if not split.records or name == "train" and not any(record.share for record in split.records):
+            missing = "tumour pixel" if split.records else "readable image"
+            raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
+        if name == "train" and len(split.records) < world_size():
+            raise TrainerError("there are fewer training images than processes")
+    return splits, cache
 
 
-def print_audit(splits: dict[str, Split], img_size: int) -> None:
+def print_audit(splits: dict[str, Split]) -> None:
     """Print the table of what the splits hold, and below it what is suspicious. Sets like_train of the splits."""
     columns, remarks, first_seen = [], find_neighbours(splits), {}
     rles = [rle for split in splits.values() for record in split.records for rle in record.rles]
@@ -484,14 +484,9 @@ def print_audit(splits: dict[str, Split], img_size: int) -> None:
             "median tumour, % of image": f"{np.median(shares):.3f}",
             "largest tumour, % of image": f"{max(shares):.3f}",
             "files that the JSON does not name": split.unnamed})
-        remarks += [f"{name}/{remark}" for remark in split.remarks]
         for record in split.records:
             label = f"{name}/{record.file_name}"
-            if record.vanishes:
-                remarks.append(f"{label}: the tumour disappears at IMG_SIZE {img_size}")
-            if record.stretched:
-                remarks.append(f"{label}: the JSON says {record.width}x{record.height} pixels, the file differs "
-                               "(the mask is stretched with the image)")
+            remarks += [f"{label}: {remark}" for remark in record.remarks]
             record.thumbnail = None  # has served; not to be sent to workers
             split_of_first, first = first_seen.setdefault(record.digest, (name, label))
             if first != label:
@@ -1304,9 +1299,10 @@ def to_cpu(value):
     Raises TrainerError if one of them holds NaN or infinity: such a state must never replace a good one.
     """
     if isinstance(value, torch.Tensor):
-        if not torch.isfinite(value).all():
+        value = value.detach().to("cpu", copy=True)
+        if not value.sum().isfinite():  # NaN and infinity spoil the sum; to look at every number takes ten times as long
             raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
-        return value.detach().to("cpu", copy=True)
+        return value
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
@@ -1581,8 +1577,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
         if rank() == 0:
             records = dataset["test"].records
             write_table(output / "test_metrics.csv", [
-                {"file_name": image.file_name} | {name: f"{value:.6f}".removesuffix(".000000")
-                                                  for name, value in row.items()} for image, row in zip(records, rows)])
+                {"file_name": image.file_name} | {name: f"{value:.10g}" for name, value in row.items()}
+                for image, row in zip(records, rows)])
             plot_predictions(output / "test_predictions.png", model, records, np.array([row["dice"] for row in rows]))
     for name, found in record.get("data_counts", {}).items():
         if found.get("look_like_train"):
@@ -1895,39 +1891,22 @@ def describe_machine(cfg: Settings, device: torch.device) -> None:
 
 
 def check_gpu(cfg: Settings) -> None:
-    """Say why a GPU that is there lies idle. Raises TrainerError for a chosen one that PyTorch has no code for."""
+    """Say why a GPU that is there lies idle. Raises TrainerError for a chosen one that does not work."""
     how = "README.md, 'GPU', says how to get a PyTorch that fits"
     if cfg.DEVICE != "cpu":
-        capability, built_for = torch.cuda.get_device_capability(cfg.DEVICE), torch.cuda.get_arch_list()
-        if torch.version.cuda and not any(runs_on(capability, arch) for arch in built_for):
-            raise TrainerError(
-                f"{torch.cuda.get_device_name(cfg.DEVICE)} has compute capability {capability[0]}.{capability[1]}, for "
-                f"which PyTorch {torch.__version__} was not built (only for {', '.join(built_for)}).\n{how}; "
-                "--device cpu trains without the GPU")
+        try:
+            torch.ones(1, device=cfg.DEVICE).item()
+        except RuntimeError as error:  # mostly this PyTorch was built without code for the card: "no kernel image"
+            raise TrainerError(f"the GPU {cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)})."
+                               f"\n{how}; --device cpu trains without the GPU") from None
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
              f"Uninstall torch and torchvision first, or pip keeps them; {how}.")
     elif shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        try:
-            found = one_line(subprocess.run(query, capture_output=True, text=True, timeout=20).stdout) or "nothing"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            found = one_line(error)
-        warn(f"PyTorch cannot use the NVIDIA GPU of this machine. nvidia-smi says (name, driver): {found}.\n"
-             f"PyTorch {torch.__version__} was built for CUDA {torch.version.cuda}: most likely the driver is too old "
-             f"for that. Update it, or take a PyTorch for an older CUDA;\n{how}. Other causes: CUDA_VISIBLE_DEVICES "
-             f"is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}, or a container without access to the GPU.")
-    elif sys.platform == "darwin":
-        say("Apple's GPU is not used by this script.")
-
-
-def runs_on(capability: tuple[int, int], built_for: str) -> bool:
-    """Whether code built for "sm_86" (a binary) or "compute_86" (compiled by the driver) runs on a GPU."""
-    kind, _, number = built_for.partition("_")
-    major, minor = divmod(int(re.sub(r"\D", "", number) or 0), 10)
-    if kind == "compute":
-        return (major, minor) <= capability
-    return kind == "sm" and major == capability[0] and minor <= capability[1]
+        warn("PyTorch cannot use the NVIDIA GPU of this machine. Most likely its driver is too old for CUDA "
+             f"{torch.version.cuda}, for which PyTorch\n{torch.__version__} was built (nvidia-smi shows what the driver "
+             f"can do): update it, or take a PyTorch for an older CUDA;\n{how}. Other causes: CUDA_VISIBLE_DEVICES is "
+             f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}, or a container without access to the GPU.")
 
 
 OUT_OF_MEMORY = ("out of memory",  # the allocator; or "CUDA error: out of memory", when another program fills the card
@@ -2013,14 +1992,13 @@ def held_data(cfg: Settings, names: list[str], run_folder: Path | None):
 
     Each machine reads its data once; the cache is removed at the end of the block. Raises TrainerError everywhere.
     """
-    local, locks, found = int(os.environ.get("LOCAL_RANK", 0)), [], None
+    local, locks = int(os.environ.get("LOCAL_RANK", 0)), []  # a lock cannot travel between processes
+    one_for_all(lambda: locks.append(lock_folder(run_folder)), rank() == 0 and run_folder is not None)
     try:
-        one_for_all(lambda: locks.append(lock_folder(run_folder)), rank() == 0 and run_folder is not None)
-        found = one_for_all(lambda: prepare_data(cfg, names, run_folder), local == 0)[rank() - local]
-        yield found
+        yield one_for_all(lambda: prepare_data(cfg, names, run_folder), local == 0)[rank() - local]
     finally:
-        if found and found[1] and local == 0:
-            found[1].close()
+        if run_folder and local == 0:
+            remove_cache(run_folder)
         for lock in filter(None, locks):
             lock.close()
 

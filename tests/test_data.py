@@ -511,7 +511,7 @@ def test_after_a_skipped_image_the_others_keep_their_pixels_and_their_numbers(da
         for index, record in enumerate(split.records):
             for cached, decoded in zip(dataset.sample(index), script.load_sample(record, 64)):
                 assert np.array_equal(cached, decoded)
-    cache.close()
+    script.remove_cache(tmp_path / "out")
     assert [record.number for record in splits["train"].records] == [1, 2]
     counts = script.describe_run(cfg, torch.device("cpu"), splits, "random")["data_counts"]["train"]
     assert counts == {"images": 2, "annotations": 2, "without_tumour": 1, "skipped": 1, "look_like_train": 0}

@@ -49,8 +49,8 @@ def prepare(cfg):
 
 @pytest.fixture
 def prepared(cfg):
-    yield (found := prepare(cfg))
-    found[2].close()
+    yield prepare(cfg)
+    script.remove_cache(Path(cfg.DATA_DIR).parent / "out")
 
 
 def make_dataset(prepared, name="train", cached=True, kind=script.BrainTumorDataset):
@@ -148,7 +148,7 @@ def test_each_run_folder_has_one_cache_whose_name_follows_from_it(cfg, tmp_path,
     first, *same, other = [script.open_cache(cfg, name, 1) for name in names]
     assert all(cache.path == first.path != other.path for cache in same)
     assert {first.path, other.path} == set(temp.iterdir())
-    first.close()
+    script.remove_cache(names[0])
     assert list(temp.iterdir()) == [other.path]
 
 
