@@ -102,7 +102,7 @@ EARLY_STOPPING = 25  # epochs without a better validation Dice before training e
 SEED = 42  # 0 or more; weights, order and augmentation follow from it
 
 # --- prediction
-TEST_TIME_AUGMENTATION = False  # True: the mean over eight flips and turns, at eight times the cost
+TEST_TIME_AUGMENTATION = False  # True: the mean over an image and its mirror image, at twice the cost
 
 # --- machine
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cuda", "cuda:1", "cpu"
@@ -1300,7 +1300,7 @@ def to_cpu(value):
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().to("cpu", copy=True)
-        if not value.sum().isfinite():  # NaN and infinity spoil the sum; to look at every number takes ten times as long
+        if not value.sum().isfinite():  # NaN and infinity spoil the sum; looking at each number takes ten times as long
             raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
         return value
     if isinstance(value, dict):
@@ -1485,14 +1485,10 @@ def predict_probability(model: torch.nn.Module, image: np.ndarray, height: int, 
     """
     settings = model.prediction_settings
     images = to_input(image[None], next(model.parameters()).device, settings["mean"], settings["std"])
-    views = [(turns, flip) for flip in (False, True) for turns in range(4)]
-    views = views if settings["test_time_augmentation"] else views[:1]
-    total = 0
-    for turns, flip in views:
-        view = torch.rot90(images.flip(3) if flip else images, turns, (2, 3))
-        part = torch.rot90(model(view).float().sigmoid(), -turns, (2, 3))
-        total = total + (part.flip(3) if flip else part)
-    return resize((total / len(views))[0, 0].cpu().numpy(), height, width)
+    probability = model(images).float().sigmoid()
+    if settings["test_time_augmentation"]:
+        probability = (probability + model(images.flip(3)).float().sigmoid().flip(3)) / 2
+    return resize(probability[0, 0].cpu().numpy(), height, width)
 
 
 def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
@@ -1897,16 +1893,16 @@ def check_gpu(cfg: Settings) -> None:
         try:
             torch.ones(1, device=cfg.DEVICE).item()
         except RuntimeError as error:  # mostly this PyTorch was built without code for the card: "no kernel image"
-            raise TrainerError(f"the GPU {cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)})."
-                               f"\n{how}; --device cpu trains without the GPU") from None
+            raise TrainerError(f"{cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)}).\n"
+                               f"{how}; --device cpu trains without the GPU") from None
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
              f"Uninstall torch and torchvision first, or pip keeps them; {how}.")
     elif shutil.which("nvidia-smi") and not torch.cuda.is_available():
         warn("PyTorch cannot use the NVIDIA GPU of this machine. Most likely its driver is too old for CUDA "
-             f"{torch.version.cuda}, for which PyTorch\n{torch.__version__} was built (nvidia-smi shows what the driver "
-             f"can do): update it, or take a PyTorch for an older CUDA;\n{how}. Other causes: CUDA_VISIBLE_DEVICES is "
-             f"{os.environ.get('CUDA_VISIBLE_DEVICES')!r}, or a container without access to the GPU.")
+             f"{torch.version.cuda}, for which PyTorch\n{torch.__version__} was built (nvidia-smi shows what the "
+             f"driver can do): update it, or take a PyTorch for an older CUDA;\n{how}. Other causes: a container "
+             f"without access to it, or CUDA_VISIBLE_DEVICES, which is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}.")
 
 
 OUT_OF_MEMORY = ("out of memory",  # the allocator; or "CUDA error: out of memory", when another program fills the card

@@ -256,8 +256,7 @@ class This:
                 {name: statistics.mean(values) for name, values in more.items() if values})
 
     def close(self):
-        if self.cache is not None:
-            self.cache.close()
+        script.remove_cache(Path(self.cfg.OUTPUT_DIR))
         self.folder.cleanup()
 
 
