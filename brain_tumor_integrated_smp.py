@@ -12,7 +12,8 @@ The data folder holds train/, valid/ and, if there is one, test/, each with its 
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
 Measured results, with command, hardware and versions, stand in README.md. The file follows the data: images and masks,
 checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
-evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last.
+evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of it, say(),
+warn(), progress(), gather() (between processes) and TrainerError are used everywhere.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ PRECISION = "auto"  # "auto" (float16 on CUDA, bfloat16 on CPUs that have it), "
 COMPILE = False  # True: torch.compile the model (a long first epoch)
 DETERMINISTIC = False  # True: slower, but repeatable to the last bit on one GPU
 
-CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)  # all settings above, in this order
+# All settings above, in this order. One that you add is a flag and part of the record, and has to be the same when a
+# run is resumed (see RESUME_MAY_CHANGE); the code that needs it gets it as cfg.NAME or as an argument.
+CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)
 
 # ===== Images and masks ===============================================================================================
 
@@ -428,7 +431,7 @@ def scan(record: Record, img_size: int, cache: PixelCache | None) -> None:
     record.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
 
 
-def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None) -> tuple[dict, PixelCache | None]:
+def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits; "test" may be missing on disk, and is left out then. run_folder: held by this run; None: no
@@ -446,7 +449,11 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None) -> tu
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
-    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
+    pool, work = ThreadPoolExecutor(available_cores()), functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache)
+    try:
+        list(progress(pool.map(work, records), "Reading images", len(records)))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
     bad = [record.error for record in records if record.error]
     for split in splits.values():
         good = [record for record in split.records if not record.error]
@@ -505,7 +512,8 @@ def find_neighbours(splits: dict[str, Split]) -> list[str]:
         # Thumbnails have mean 0 and length 1: their products are correlations.
         own, others = (np.stack([record.thumbnail for record in records]) for records in (split.records, train))
         alike = own @ others.T
-        best, split.like_train = alike.max(axis=1), int((alike.max(axis=1) > ALIKE).sum())
+        best = alike.max(axis=1)
+        split.like_train = int((best > ALIKE).sum())
         closest = [f"{split.records[i].file_name} and {train[alike[i].argmax()].file_name}"
                    for i in np.argsort(-best, kind="stable")[:min(3, split.like_train)]]
         if closest:
@@ -653,17 +661,13 @@ def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch
                                        worker_init_fn=start_worker, persistent_workers=workers > 0)
 
 
-def avx2_only() -> bool:
-    """Whether this is an x86 processor with nothing newer than AVX2, or PyTorch was told to treat it as one."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def memory_format(device: torch.device) -> torch.memory_format:
     """How images, weights and activations [N, C, H, W] lie in memory: channels_last where convolutions prefer it.
 
     They do on GPUs and on CPUs with AVX-512. With AVX2 alone, oneDNN takes twice as long for the gradients in it.
     """
-    return torch.contiguous_format if device.type == "cpu" and avx2_only() else torch.channels_last
+    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # x86 with nothing newer, or told to use nothing newer
+    return torch.contiguous_format if device.type == "cpu" and avx2 else torch.channels_last
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -705,15 +709,22 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     starts from random weights and a warning says so. Raises TrainerError for a local file that does not fit.
     """
     build = functools.partial(smp.create_model, architecture, encoder, in_channels=3, classes=1)
+    unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
     try:
         model = build(encoder_weights=None)
-        if encoder_weights == "imagenet":
-            say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
-            return build(encoder_weights="imagenet"), "imagenet"
     except (KeyError, ValueError, NotImplementedError) as error:
-        raise TrainerError(f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = "
-                           f"{encoder_weights!r}: {error}") from None
-    except Exception as error:  # networks, proxies and hubs fail in many ways; model was built before
+        raise TrainerError(f"{unfit}: {error}") from None
+    if encoder_weights not in (None, "imagenet"):
+        load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
+        return model, f"file {encoder_weights}"
+    if encoder_weights is None:
+        return model, "random"
+    say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
+    try:
+        return build(encoder_weights="imagenet"), "imagenet"
+    except KeyError as error:  # there are none
+        raise TrainerError(f"{unfit}: {error}") from None
+    except Exception as error:  # networks, proxies and hubs fail in many ways
         reason = f"download failed: {type(error).__name__}: {one_line(error)}"
         warn(f"no ImageNet weights ({reason}).\n"
              "Training starts from RANDOM weights, with LR_RANDOM_START, and needs more epochs for the same masks.\n"
@@ -722,10 +733,6 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
              "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
              "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
         return model, f"random ({reason})"
-    if encoder_weights is None:
-        return model, "random"
-    load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
-    return model, f"file {encoder_weights}"
 
 
 def read_weights(path: str | Path) -> dict:
@@ -892,7 +899,7 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU, and PyTorch's kernels for it, are faster in bfloat16 than in float32."""
-    if not torch.backends.mkldnn.is_available() or avx2_only():  # builds for ARM Macs have no oneDNN
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6
         return torch.cpu._is_avx512_bf16_supported()
@@ -940,7 +947,7 @@ class MemoryLimit:
 
     images = math.inf
 
-    def fit(self, work, images: int, undo=None):
+    def run(self, work, images: int, undo=None):
         """The result of work(size), size being the most images per pass; repeated with half if memory runs out.
 
         undo: what to do before a repetition. Raises TrainerError when repeating cannot help.
@@ -985,7 +992,8 @@ def forward_backward(model, group: list, images_in_step: torch.Tensor, criterion
                 logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
             # Weighted like this, the parts add up to the mean over the images of the step.
             part = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
-            part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)  # spoils every gradient
+            # A loss that is not finite has to spoil every gradient: then GradScaler leaves the whole step out.
+            part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)
             scaler.scale(part * world_size()).backward()  # DistributedDataParallel takes the mean
         loss += part.detach()
     return loss
@@ -1016,7 +1024,7 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion, optimizer: torch.
         if world_size() > 1:
             dist.all_reduce(images_in_step)
         statistics.remember()
-        loss = limit.fit(
+        loss = limit.run(
             functools.partial(forward_backward, model, group, images_in_step, criterion, scaler, cfg, device),
             max(len(images) for images, _ in group), lambda: (optimizer.zero_grad(), statistics.restore(always)))
         scaler.unscale_(optimizer)
@@ -1024,9 +1032,10 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion, optimizer: torch.
         scaler.step(optimizer)  # leaves the weights as they are if a gradient is not finite
         scaler.update(None if float16 else 1.0)
         optimizer.zero_grad()
+        # The optimizer is done; what is left of a bad step are BatchNorm's statistics, and counting it. In float16
+        # GradScaler tries how far it can go: a step that only its scale has spoilt is not counted.
         bad = ~norm.isfinite()
         statistics.restore(bad)
-        # GradScaler tries how far it can go in float16: a step that only its scale has spoilt is not counted.
         bad = bad & ~loss.isfinite() if float16 else bad
         dropped, images_seen = dropped + bad, images_seen + torch.where(bad, 0, images_in_step)
         loss_sum = loss_sum + torch.where(bad, 0, loss * images_in_step)
@@ -1053,16 +1062,13 @@ def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *,
             return torch.cat([model(to_input(images[i:i + size], device, cfg.MEAN, cfg.STD)).float()
                               for i in range(0, len(images), size)])
 
-    losses, found = [torch.zeros((), device=device)], []
+    found = []
     for images, masks in progress(loader, "Validation"):
-        logits, targets = limit.fit(forward, len(images)), to_target(masks, device)
-        losses.append(criterion(logits, targets) * len(images))
-        found.append(score_images(logits.sigmoid(), targets))
-    parts = gather((float(torch.stack(losses).sum()), [{name: values.cpu() for name, values in scores.items()}
-                                                       for scores in found]))
-    found = [scores for part in parts for scores in part[1]]
-    scores = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    return {"valid_loss": sum(part[0] for part in parts) / len(scores["dice"]), **summarize(scores)}
+        logits, targets = limit.run(forward, len(images)), to_target(masks, device)
+        loss = criterion(logits, targets).double().expand(len(images))  # the batch's mean, once for each of its images
+        found.append({"valid_loss": loss} | score_images(logits.sigmoid(), targets))
+    found = sum(gather([{name: values.cpu() for name, values in scores.items()} for scores in found]), [])
+    return summarize({name: torch.cat([scores[name] for scores in found]) for name in found[0]})
 
 
 # ===== The run, epoch by epoch ========================================================================================
@@ -1161,7 +1167,8 @@ class Run:
         """Let the warm-up and the moving average of weights and running statistics follow a training step."""
         self.warmup.step()
         steps = self.warmup.last_epoch
-        # At first the average is over few steps; a fixed decay would keep the random start for too long.
+        # At first the average is over few steps (as in TensorFlow's ExponentialMovingAverage); a fixed decay would keep
+        # the random start for too long.
         decay = min(self.decay, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
 
@@ -1186,8 +1193,6 @@ class Run:
                                "back, or start a new run in another OUTPUT_DIR")
         for name in self.PLAIN:
             setattr(self, name, state[name])
-        if self.reverted:
-            self.go_on_in_float32()
         for name in self.STATEFUL:
             if name in ("model", "average"):
                 load_weights(getattr(self, name), state[name], LAST)
@@ -1198,18 +1203,14 @@ class Run:
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(weight).copy_(moments[name])
 
-    def go_on_in_float32(self) -> None:
-        """Leave float16 and bfloat16 for good."""
+    def revert(self, output: Path, why: str) -> None:
+        """Back to the last saved state, and on in float32. Raises TrainerError in float32: it would happen again."""
+        if amp_dtype(self.cfg.PRECISION, self.device) == torch.float32:
+            raise TrainerError(f"{why}, in float32{' too' * self.reverted}. The best model so far is kept. Look at "
+                               "training_samples.png for damaged data, or try a smaller LR.", 1)
+        self.load(read_weights(output / LAST))
         self.reverted, self.cfg.PRECISION = True, "float32"
         self.scaler = make_scaler("float32", self.device)
-
-    def revert(self, output: Path, why: str) -> None:
-        """Once: back to the last saved state, and on in float32. Raises TrainerError the second time."""
-        if self.reverted:
-            raise TrainerError(f"{why}, also after going back and training in float32. The best model so far is kept. "
-                               "Look at training_samples.png for damaged data, or try a smaller LR.", 1)
-        self.load(read_weights(output / LAST))
-        self.go_on_in_float32()
         warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
 
 
@@ -1229,9 +1230,11 @@ def in_words(scores: dict[str, float]) -> str:
 def train(cfg: Settings, resume: bool) -> None:
     """Train, keep the best model, then evaluate it."""
     device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+    state = read_last(cfg) if resume else None
+    if state and state["reverted"]:
+        cfg.PRECISION = "float32"
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
-    state = read_last(cfg) if resume else None
     STOP.saved = resume
     with held_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
         loaders = {}
@@ -1559,8 +1562,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
                                        cache=cache) for name, split in splits.items()}
     counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], count_thresholds, "valid"))).double()
     dice = ratios(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
-    best = np.flatnonzero(dice >= dice.max() - 1e-12)
-    chosen = best[np.abs(THRESHOLDS[best] - 0.5).argmin()]  # of equally good ones the least extreme
+    equal = np.flatnonzero(dice >= dice.max() - 1e-12)
+    chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the least extreme
     threshold = settings["threshold"] = float(THRESHOLDS[chosen])
     valid = dict(zip(COUNTS, counts[:, chosen].unbind(-1)))
     record |= settings | {"valid_metrics": summarize(ratios(*valid.values()) | valid)}
@@ -1790,11 +1793,11 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     given = vars(parser.parse_args(argv))
     if "LR" in given:  # the user's choice holds for every start
         given.setdefault("LR_RANDOM_START", given["LR"])
-    cfg = default_settings()
-    for name in CONSTANTS:
-        value = given.pop(name, getattr(cfg, name))
-        setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+    values = {name: given.pop(name, globals()[name]) for name in CONSTANTS}
+    cfg = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     mode = argparse.Namespace(**given)
+    if mode.checkpoint and not (mode.evaluate or mode.predict):
+        fail("--checkpoint goes with --evaluate and --predict; to train on from a model, set INIT_WEIGHTS")
     check_settings(cfg, mode)
     return cfg, mode
 
@@ -1835,7 +1838,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
-        with held_data(cfg, ["train", "valid", "test"], None):
+        with held_data(cfg, ["train", "valid", "test"]):
             say("The data can be used.")
     elif mode.evaluate:
         if not checkpoint.is_file():
@@ -1846,7 +1849,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         if categories != cfg.CATEGORIES:
             say(f"CATEGORIES is {cfg.CATEGORIES} here; scored is what the model was trained on: {categories}.")
         cfg.CATEGORIES, cfg.IMG_SIZE = categories, record.get("img_size", cfg.IMG_SIZE)
-        with held_data(cfg, ["valid", "test"], checkpoint.parent) as (splits, cache):
+        with held_data(cfg, ["valid", "test"], checkpoint.parent, Path(cfg.OUTPUT_DIR)) as (splits, cache):
             evaluate_checkpoint(cfg, checkpoint, splits, cache)
     else:
         train(cfg, mode.resume)
@@ -1923,15 +1926,6 @@ def available_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def in_threads(work, items, description: str) -> list:
-    """work(item) of every item, in their order, with one thread for each core. Raises Interrupted."""
-    pool = ThreadPoolExecutor(available_cores())
-    try:
-        return list(progress(pool.map(work, items), description, len(items)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # ===== Plumbing: several processes, and one run at a time =============================================================
 
 
@@ -1969,7 +1963,6 @@ def start_processes(cfg: Settings) -> None:
 
 def one_for_all(work, chosen: bool) -> list:
     """The results of work() in the chosen processes, by rank, for all processes; or everywhere the first error."""
-    result = None
     try:
         result = work() if chosen else None
     except (TrainerError, Interrupted) as error:
@@ -1983,24 +1976,26 @@ def one_for_all(work, chosen: bool) -> list:
 
 
 @contextlib.contextmanager
-def held_data(cfg: Settings, names: list[str], run_folder: Path | None):
-    """Hold run_folder for this run (None: no folder, no cache), and give what prepare_data() finds to all processes.
+def held_data(cfg: Settings, names: list[str], *folders: Path):
+    """Hold folders for this run, and give what prepare_data() finds to all processes.
 
-    Each machine reads its data once; the cache is removed at the end of the block. Raises TrainerError everywhere.
+    Each machine reads its data once, into a cache that belongs to the first folder (none: no cache) and is removed at
+    the end of the block. Raises TrainerError everywhere.
     """
-    local, locks = int(os.environ.get("LOCAL_RANK", 0)), []  # a lock cannot travel between processes
-    one_for_all(lambda: locks.append(lock_folder(run_folder)), rank() == 0 and run_folder is not None)
-    try:
-        yield one_for_all(lambda: prepare_data(cfg, names, run_folder), local == 0)[rank() - local]
-    finally:
-        if run_folder and local == 0:
-            remove_cache(run_folder)
-        for lock in filter(None, locks):
-            lock.close()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    with contextlib.ExitStack() as held:
+        def lock():  # returns nothing: a lock cannot travel between processes
+            for folder in {folder.resolve() for folder in folders}:
+                held.enter_context(lock_folder(folder))
+
+        one_for_all(lock, rank() == 0)
+        if folders and local == 0:
+            held.callback(remove_cache, folders[0])
+        yield one_for_all(lambda: prepare_data(cfg, names, *folders[:1]), local == 0)[rank() - local]
 
 
 def lock_folder(folder: Path):
-    """Keep other runs out of a folder until the returned file is closed, or this process ends, however it ends.
+    """Keep other runs out of a folder for as long as the returned context, or this process, lives, however it ends.
 
     A record lock belongs to the process; flock would live on in its workers. Raises TrainerError if another run is in.
     """
@@ -2019,7 +2014,7 @@ def lock_folder(folder: Path):
             raise TrainerError(f"another run is using {folder}; wait until it has ended, or choose another folder with "
                                "OUTPUT_DIR (--output-dir)") from None
         warn(f"{folder} knows no file locks ({error}): see to it that no second run writes there")
-    return file
+    return file or contextlib.nullcontext()
 
 
 # ===== Plumbing: messages, signals, files =============================================================================
@@ -2126,9 +2121,9 @@ def write_file(path: Path, content, required: bool = False) -> None:
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a CSV file."""
+    """Write rows as a CSV file with the columns of the last one: after a resume, it may have a metric that is new."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(table, rows[-1], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, table.getvalue().encode("utf-8"))

@@ -143,6 +143,7 @@ def test_encoder_weights_that_cannot_be_used_are_an_error_that_says_why(tmp_path
 
 @pytest.mark.parametrize("error", [
     LocalEntryNotFoundError("the hub cannot be reached"), ConnectionResetError(),  # without a word
+    type("LocalEntryNotFoundError", (FileNotFoundError, ValueError), {})("as in huggingface_hub before 1.0"),
     ImportError("the hub cannot be reached: no socksio")])
 def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(error, data, tmp_path, monkeypatch, capsys):
     """A refusing or SOCKS proxy, or a mirror without https://, raises errors that are no OSError."""

@@ -1,5 +1,6 @@
 """A run survives what happens to it: what is saved, and when; going on; kills, signals, full disks, other runs."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -428,9 +429,10 @@ def test_a_signal_waits_for_the_writer_and_leaves_nothing_behind(signum, here, t
 
 @pytest.mark.parametrize("bad, back", [(1, 0), (3, 2)])
 def test_going_back_waits_for_the_state_that_is_being_written(bad, back, here, tmp_path):
-    """Repeated in the same precision, the result is that of an undisturbed run."""
+    """Repeated in the same precision, the result is that of an undisturbed run: bfloat16 is pretended only."""
     def spoilt(script):
         inner, calls = script.validate, []
+        script.autocast = lambda *_: contextlib.nullcontext()
 
         def validate(*args, **options):
             calls.append(inner(*args, **options))
@@ -438,7 +440,7 @@ def test_going_back_waits_for_the_state_that_is_being_written(bad, back, here, t
 
         script.validate = validate
 
-    code, text = here(alone(tmp_path), background.slow_writer, spoilt)
+    code, text = here(alone(tmp_path, "--precision", "bfloat16"), background.slow_writer, spoilt)
     assert code == 0 and f"Going back to the end of epoch {back} and on in float32" in text
     state, whole = read(tmp_path), read(whole_run())
     assert state["reverted"] and [name for name in ("model", "average", "optimizer", "history")
@@ -706,6 +708,12 @@ def test_training_works_with_almost_no_shared_memory(tmp_path):
         pytest.skip("no right to mount")
 
 
+def test_a_table_has_the_columns_of_its_last_row(tmp_path):
+    """A metric that was added before a resume is missing in earlier rows."""
+    script.write_table(tmp_path / "history.csv", [{"epoch": 1}, {"epoch": 2, "new": 0.5}])
+    assert (tmp_path / "history.csv").read_text() == "epoch,new\n1,\n2,0.5\n"
+
+
 # --- one run at a time in a folder
 
 
@@ -713,8 +721,10 @@ def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
     folder, image = tmp_path / "out", background.shared_data() / "test/slice_0.png"
     first = Process(arguments(folder, "--epochs", 300), rising_dice)
     first.wait_for("epoch   2/300")  # the best model of the first epoch is there
+    copy_run(whole_run(), tmp_path / "elsewhere")
     for command in (alone(folder), [*arguments(folder, "--epochs", 300), "--resume"], alone(folder, "--evaluate"),
-                    alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST)):
+                    alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST),  # it rewrites the JSON
+                    alone(folder, "--evaluate", "--checkpoint", tmp_path / "elsewhere" / BEST)):  # it writes tables
         code, text = here(command)
         assert code == 2 and "Traceback" not in text
         assert text[text.index("error: "):] == (

@@ -168,6 +168,7 @@ def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses
 @pytest.mark.parametrize("words, named", [
     ("--imgsize 64", "--imgsize"), ("--img 64", "--img"), ("train", "train"), ("--img-size", "--img-size"),
     ("--predict", "--predict"), ("--evaluate --predict a.png", "--evaluate"), ("--resume --audit", "--resume"),
+    ("--checkpoint a.pth", "--checkpoint goes.*INIT_WEIGHTS"), ("--audit --checkpoint a.pth", "--checkpoint goes"),
     ("--img-size large", "--img-size.*large"), ("--img-size 64.5", "IMG_SIZE is 64.5.*whole"),
     ("--img-size 32", "IMG_SIZE is 32.*64 or more"), ("--img-size 100", "IMG_SIZE is 100.*32"),
     ("--img-size -64", "IMG_SIZE"), ("--img-size 4128", "IMG_SIZE.*4096"), ("--epochs 0", "EPOCHS"),

@@ -214,18 +214,27 @@ def test_a_bad_epoch_goes_back_once_and_on_in_float32(is_bad, epoch, run, faulty
     state, expected = read(tmp_path / "out"), read(tmp_path / "expected")
     assert state.pop("reverted") and not expected.pop("reverted")
     assert differences(state | {"settings": 0}, expected | {"settings": 0}) == []
-    # And a resumed run stays in float32.
+    # And a resumed run stays in float32, and says so.
     assert run("out", "--epochs", 4, "--precision", "bfloat16", "--resume") == 0
-    assert "Going back" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "Going back" not in err and "float32" in out.splitlines()[0] and "bfloat16" not in out
+
+
+def test_a_bad_epoch_in_float32_is_not_tried_again(run, faulty, capsys):
+    """It would go the same way."""
+    faulty(lambda step, _, training: step > 5)
+    assert run("out", "--epochs", 3) == 1
+    err = capsys.readouterr().err
+    assert "in float32. The best model so far is kept" in err and "Going back" not in err
 
 
 def test_a_second_bad_epoch_ends_the_run_with_an_explanation(run, faulty, tmp_path, capsys):
     """And a single dropped step, here in the first epoch, is shown in its line and in the table."""
     faulty(lambda step, _, training: training and (step == 2 or step > 5))  # four steps an epoch
-    assert run("out", "--epochs", 3) == 1
+    assert run("out", "--epochs", 3, "--precision", "bfloat16") == 1
     out, err = capsys.readouterr()
     assert err.count("Going back to the end of epoch 1") == 1
-    assert "also after going back" in err and "LR" in err and "Traceback" not in err
+    assert "in float32 too. The best model so far is kept" in err and "LR" in err and "Traceback" not in err
     line, = (line for line in out.splitlines() if line.startswith("epoch "))
     names, row = table_rows(tmp_path / "out")
     assert "dropped 1" in line and row[names.index("dropped")] == "1"
@@ -355,8 +364,8 @@ def test_memory_may_run_out_in_any_form(exhaust, capsys):
         tried.append(size)
         return exhaust() if size > 3 else f"done with {size}"
 
-    assert limit.fit(work, 16, lambda: undone.append(1)) == limit.fit(work, 16) == "done with 2"
-    assert tried == [16, 8, 4, 2, 2] and undone == [1, 1, 1] and limit.fit(work, 1) == "done with 1"
+    assert limit.run(work, 16, lambda: undone.append(1)) == limit.run(work, 16) == "done with 2"
+    assert tried == [16, 8, 4, 2, 2] and undone == [1, 1, 1] and limit.run(work, 1) == "done with 1"
     assert "at most 8 image(s)" in capsys.readouterr().err
 
 
@@ -368,7 +377,7 @@ def test_where_repeating_cannot_help_the_error_says_what_does(error, processes, 
     """Not even one image fits; other processes would wait for this one; it is another error."""
     monkeypatch.setattr(script, "world_size", lambda: processes)
     with pytest.raises(raised) as caught:
-        script.MemoryLimit().fit(mock.Mock(side_effect=[error] * 5), 8)
+        script.MemoryLimit().run(mock.Mock(side_effect=[error] * 5), 8)
     assert getattr(caught.value, "exit_code", 1) == 1 and all(word in str(caught.value) for word in words)
 
 
