@@ -43,7 +43,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -76,7 +76,7 @@ CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run i
 
 # --- images and loading
 IMG_SIZE = 256  # pixels, a multiple of 32, at least 64; the network sees squares of this size
-BATCH_SIZE = 16  # images per forward pass, over all GPUs together, at least 1; smaller if memory runs out
+BATCH_SIZE = 8  # images per forward pass, over all GPUs together, at least 1; smaller if memory runs out
 NUM_WORKERS = 4  # processes that augment images, 0 or more (0: none); never more than the available cores
 MEAN = (0.485, 0.456, 0.406)  # per-channel mean of RGB values in 0..1 (ImageNet's, as the encoder expects)
 STD = (0.229, 0.224, 0.225)  # per-channel standard deviation, likewise
@@ -89,8 +89,8 @@ INIT_WEIGHTS = None  # a .pth of this script to start from (staged training), or
 
 # --- optimisation
 EPOCHS = 80  # passes over the training set, at least 1
-LR = 1e-4  # learning rate of AdamW after the warm-up, more than 0
-LR_RANDOM_START = 5e-4  # the same for an encoder with random weights, which need more; --lr sets both
+LR = 1e-4  # learning rate of AdamW for pretrained weights, after the warm-up, more than 0
+LR_RANDOM_START = 5e-4  # for weights that start at random: the decoder's, perhaps the encoder's too; --lr sets both
 WARMUP_STEPS = 20  # optimizer steps over which the learning rate grows to its value, 0: none
 WEIGHT_DECAY = 1e-2  # AdamW's decoupled weight decay, 0 or more
 LOSS = "dice_bce"  # a name in LOSSES; "focal_tversky" favours finding all of a tumour
@@ -449,11 +449,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
-    pool, work = ThreadPoolExecutor(available_cores()), functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache)
-    try:
-        list(progress(pool.map(work, records), "Reading images", len(records)))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
+    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images",
+               len(records))
     bad = [record.error for record in records if record.error]
     for split in splits.values():
         good = [record for record in split.records if not record.error]
@@ -543,14 +540,15 @@ def build_transform(train: bool, normalize: bool = True, mean: tuple = MEAN, std
     if train:
         steps = [
             A.HorizontalFlip(p=0.5),
-            A.VerticalFlip(p=0.5),
-            A.RandomRotate90(p=0.5),
+            # Slices come in one orientation, and a training budget is short: other ones, and warps, are a seasoning.
+            A.VerticalFlip(p=0.1),
+            A.RandomRotate90(p=0.1),
             # A tuple is a range: (0.1, 0.1) would shift every image by exactly +10 %.
             A.Affine(scale=(0.9, 1.1), translate_percent=(-0.1, 0.1), rotate=(-15, 15), p=0.5),
-            A.ElasticTransform(alpha=60, sigma=6, p=0.3),  # moves pixels by up to 5; the defaults move nothing
-            A.GridDistortion(p=0.3),
-            A.RandomBrightnessContrast(p=0.5),
-            A.ColorJitter(p=0.5),  # on grey images: brightness and contrast only
+            A.ElasticTransform(alpha=60, sigma=6, p=0.1),  # moves pixels by up to 5; the defaults move nothing
+            A.GridDistortion(p=0.1),
+            A.RandomBrightnessContrast(p=0.3),
+            A.ColorJitter(p=0.3),  # on grey images: brightness and contrast only
             A.GaussNoise(std_range=(0.012, 0.028), p=0.2),  # 3 to 7 of 255; the defaults drown a tumour
         ]
     if normalize:
@@ -867,6 +865,8 @@ def hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
     """
     if not prediction.any() or not truth.any():
         return math.hypot(*truth.shape) if prediction.any() or truth.any() else 0.0
+    x, y, width, height = cv2.boundingRect(prediction | truth)  # nothing outside it can matter
+    prediction, truth = (mask[y:y + height, x:x + width] for mask in (prediction, truth))
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     edges = [mask - cv2.erode(mask, cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
              for mask in (prediction, truth)]
@@ -1105,9 +1105,13 @@ class Run:
         self.averaged, self.current = ([value for value in net.state_dict().values() if value.is_floating_point()]
                                        for net in (self.average, model))
         self.decay = 1 - 1 / max(1.0, cfg.AVERAGE_EPOCHS * steps_per_epoch)  # 0: the average is the last weights
-        random_start = self.weights_from.startswith("random")
+        encoder_lr = cfg.LR_RANDOM_START if self.weights_from.startswith("random") else cfg.LR
+        lr = cfg.LR if self.weights_from.startswith("checkpoint") else cfg.LR_RANDOM_START  # of all the rest
+        parts = {True: [], False: []}
+        for name, weight in model.named_parameters():
+            parts[name.startswith("encoder.")].append(weight)
         # Fused: one kernel for all parameters, and it can skip a bad step without asking the GPU.
-        self.optimizer = torch.optim.AdamW(model.parameters(), cfg.LR_RANDOM_START if random_start else cfg.LR,
+        self.optimizer = torch.optim.AdamW([{"params": parts[True], "lr": encoder_lr}, {"params": parts[False]}], lr,
                                            weight_decay=cfg.WEIGHT_DECAY, fused=True)
         self.warmup = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / max(1, cfg.WARMUP_STEPS),
                                                         total_iters=cfg.WARMUP_STEPS)
@@ -1117,8 +1121,8 @@ class Run:
         if state:
             self.load(state)
         else:
-            say(f"Learning rate {self.warmup.base_lrs[0]:g} ({'LR_RANDOM_START' if random_start else 'LR'}), because "
-                f"the weights to start from are: {self.weights_from}.")
+            say(f"Learning rate {encoder_lr:g} for the encoder, whose weights are: {self.weights_from}; {lr:g} for the "
+                "rest of the network.")
         if cfg.COMPILE:
             model.compile()  # in place: the names of the weights stay as they are
             self.average.compile()
@@ -1144,7 +1148,7 @@ class Run:
                 self.revert(writer.output, f"epoch {self.epoch + 1}: the loss or its gradient is not finite "
                             f"({trained['dropped']} steps dropped, validation loss {scores['valid_loss']:.4g})")
                 continue
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.optimizer.param_groups[1]["lr"]  # that of the decoder
             self.plateau.step(scores["dice"])
             self.epoch += 1
             improved = scores["dice"] > self.best_dice
@@ -1288,7 +1292,7 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
              "test_metrics.csv", "test_predictions.png", LAST)
-FORMAT = 2  # of the state in LAST
+FORMAT = 3  # of the state in LAST
 SECONDS_BETWEEN_PLOTS = 10.0  # drawing takes as long as a short epoch
 # A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
 RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE", "DETERMINISTIC",
@@ -1536,20 +1540,14 @@ def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float
 
 
 def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, name: str) -> list:
-    """score(probability, mask) of every image, at the annotations' resolution.
+    """score(probability, mask) of every image, at the annotations' resolution."""
+    def work(i):
+        record = dataset.records[i]
+        return score(predict_probability(model, dataset.sample(i)[0], record.height, record.width), record.mask())
 
-    Threads score while the next images are predicted; a few images for each core are in memory.
-    """
-    found, waiting = [], deque()
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for i in progress(range(rank(), len(dataset), world_size()), f"Scoring {name}"):
-            record = dataset.records[i]
-            probability = predict_probability(model, dataset.sample(i)[0], record.height, record.width)
-            waiting.append(pool.submit(lambda p, record: score(p, record.mask()), probability, record))
-            if len(waiting) > 2 * available_cores():
-                found.append(waiting.popleft().result())
-        found += [job.result() for job in waiting]
-    parts = gather(found)
+    own = range(rank(), len(dataset), world_size())
+    most = 4 if next(model.parameters()).is_cuda else len(own)  # each needs the GPU's memory for its image
+    parts = gather(in_threads(work, own, f"Scoring {name}", most))
     return [parts[i % world_size()][i // world_size()] for i in range(len(dataset))]
 
 
@@ -1686,7 +1684,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     panels = (("Loss", {"train_loss": "training", "valid_loss": "validation"}),
-              ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "AdamW"}))
+              ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "decoder"}))
     for axis, (title, lines) in zip(figure.subplots(1, 3), panels):
         for key, label in lines.items():
             axis.plot(epochs, [row[key] for row in history], marker="." if len(history) < 30 else None, label=label)
@@ -1924,6 +1922,18 @@ def available_cores() -> int:
     """CPU cores for this process: those it may use, shared between the processes of torchrun on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def in_threads(work, items, description: str, most: int) -> list:
+    """work(item) of every item, in their order, by a thread on each core, but no more than most. Raises Interrupted."""
+    # PyTorch's own threads in each of them would be too many. New threads take over what was set last, wherever it was.
+    intra_op = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max(1, min(most, available_cores())), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return list(progress(pool.map(work, items), description, len(items)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(intra_op)
 
 
 # ===== Plumbing: several processes, and one run at a time =============================================================

@@ -250,7 +250,7 @@ def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked,
     assert background.differences(seen[0], dict(old[part] if part else old)) == [] and asked[0][1] is None
     record = script.read_record(out / script.BEST)[0]
     assert record["encoder_weights_from"] == f"checkpoint {run / name}" and record["img_size"] == 96
-    assert f"Learning rate {script.LR:g} (LR), because" in capsys.readouterr().out
+    assert f"{run / name}; {script.LR:g} for the rest" in capsys.readouterr().out
 
 
 def test_init_weights_that_do_not_fit_are_an_error(one_kind, tmp_path, capsys):

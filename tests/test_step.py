@@ -451,21 +451,23 @@ def test_the_rate_of_each_step_of_the_warm_up(warmup, stalls, expected, tiny):
     for step in range(len(expected)):
         if step in (1, stalls):
             run.plateau.step(0.5)  # the second time it is not better
-        rates += [group["lr"] for group in run.optimizer.param_groups]
+        rates.append(run.optimizer.param_groups[1]["lr"])
+        assert run.optimizer.param_groups[0]["lr"] == rates[-1]
         run.optimizer.step()
         run.after_step()
     assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("words, expected, name, origin", [
-    ("--encoder-weights none", 0.5, "LR_RANDOM_START", "random."),
-    ("--encoder-weights imagenet", 0.25, "LR", "imagenet."),
-    ("--encoder-weights unreachable", 0.5, "LR_RANDOM_START", "random (download failed: ConnectionError: no network)"),
-    ("--encoder-weights FILE", 0.25, "LR", "file "),
-    ("--init-weights FILE --encoder-weights none", 0.25, "LR", "checkpoint "),
-    ("--encoder-weights none --lr 0.125", 0.125, "LR_RANDOM_START", "random."),
-    ("--encoder-weights FILE --lr 0.125 --lr-random-start 0.0625", 0.125, "LR", "file ")])
-def test_the_start_decides_which_rate_is_used_and_says_so(words, expected, name, origin, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("words, encoder, decoder, origin", [
+    ("--encoder-weights none", 0.5, 0.5, "random"),
+    ("--encoder-weights imagenet", 0.25, 0.5, "imagenet"),
+    ("--encoder-weights unreachable", 0.5, 0.5, "random (download failed: ConnectionError: no network)"),
+    ("--encoder-weights FILE", 0.25, 0.5, "file FILE"),
+    ("--init-weights FILE --encoder-weights none", 0.25, 0.25, "checkpoint FILE"),
+    ("--encoder-weights none --lr 0.125", 0.125, 0.125, "random"),
+    ("--encoder-weights FILE --lr 0.125", 0.125, 0.125, "file FILE"),
+    ("--encoder-weights FILE --lr 0.125 --lr-random-start 0.0625", 0.125, 0.0625, "file FILE")])
+def test_the_start_decides_about_the_rates_and_says_so(words, encoder, decoder, origin, monkeypatch, tmp_path, capsys):
     """Random weights, chosen or forced, need a larger one; a --lr that the user gives wins; a resumed run keeps it."""
     def create_model(*_, encoder_weights=None, **__):
         if encoder_weights and "unreachable" in words:
@@ -473,18 +475,23 @@ def test_the_start_decides_which_rate_is_used_and_says_so(words, expected, name,
         return model
 
     model = torch.nn.Module()
-    model.encoder = torch.nn.Linear(2, 2)
+    model.encoder, model.decoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
     for name_in_script, value in {"LR": 0.25, "LR_RANDOM_START": 0.5, "WARMUP_STEPS": 0}.items():
         monkeypatch.setattr(script, name_in_script, value)
     monkeypatch.setattr(script.smp, "create_model", create_model)
-    torch.save((model if "init" in words else model.encoder).state_dict(), tmp_path / "file.pth")
-    given = words.replace("unreachable", "imagenet").replace("FILE", str(tmp_path / "file.pth")).split()
+    file = str(tmp_path / "file.pth")
+    torch.save((model if "init" in words else model.encoder).state_dict(), file)
+    given = words.replace("unreachable", "imagenet").replace("FILE", file).split()
     cfg, _ = script.read_settings(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path), *given])
     run = script.Run(cfg, CPU, "data", 4, None)
-    said = capsys.readouterr().out
-    assert f"Learning rate {expected:g} ({name}), because the weights to start from are: {origin}" in said
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"Learning rate {encoder:g} for the encoder, whose weights are: {origin.replace('FILE', file)}; {decoder:g} "
+        "for the rest of the network.")
     again = script.Run(cfg, CPU, "data", 4, run.state())
-    assert [each.optimizer.param_groups[0]["lr"] for each in (run, again)] == [expected] * 2
+    for each in (run, again):
+        assert [(group["lr"], group["params"]) for group in each.optimizer.param_groups] == [
+            (encoder, list(each.model.encoder.parameters())), (decoder, list(each.model.decoder.parameters()))]
+        assert {group["weight_decay"] for group in each.optimizer.param_groups} == {cfg.WEIGHT_DECAY}
     assert again.weights_from == run.weights_from
 
 
