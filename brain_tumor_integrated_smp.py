@@ -710,7 +710,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
     try:
         model = build(encoder_weights=None)
-    except (KeyError, ValueError, NotImplementedError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise TrainerError(f"{unfit}: {error}") from None
     if encoder_weights not in (None, "imagenet"):
         load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
@@ -1546,7 +1546,7 @@ def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, na
         return score(predict_probability(model, dataset.sample(i)[0], record.height, record.width), record.mask())
 
     own = range(rank(), len(dataset), world_size())
-    most = 4 if next(model.parameters()).is_cuda else len(own)  # each needs the GPU's memory for its image
+    most = 4 if next(model.parameters()).is_cuda else 16  # each thread has the activations of one image in memory
     parts = gather(in_threads(work, own, f"Scoring {name}", most))
     return [parts[i % world_size()][i // world_size()] for i in range(len(dataset))]
 
@@ -1895,7 +1895,7 @@ def check_gpu(cfg: Settings) -> None:
             torch.ones(1, device=cfg.DEVICE).item()
         except RuntimeError as error:  # mostly this PyTorch was built without code for the card: "no kernel image"
             raise TrainerError(f"{cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)}).\n"
-                               f"{how}; --device cpu trains without the GPU") from None
+                               f"If it is not just full or busy: {how}; --device cpu trains without it") from None
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
              f"Uninstall torch and torchvision first, or pip keeps them; {how}.")
@@ -2131,9 +2131,9 @@ def write_file(path: Path, content, required: bool = False) -> None:
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as a CSV file with the columns of the last one: after a resume, it may have a metric that is new."""
+    """Write rows as a CSV file with the columns of the last one: before a resume, metrics may have been edited."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[-1], lineterminator="\n")
+    writer = csv.DictWriter(table, rows[-1], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, table.getvalue().encode("utf-8"))

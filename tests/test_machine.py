@@ -1,5 +1,8 @@
 """What the script makes of the machine: a GPU that lies idle, bfloat16, and the many forms of too little memory."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from conftest import FAST, script
@@ -153,3 +156,22 @@ def test_each_form_of_too_little_memory_is_recognised_and_answered(error):
 def test_other_errors_get_what_helps_and_what_nobody_foresaw_keeps_its_trace(error, words):
     found = script.remedy(error)
     assert words in found and bool(found) == bool(words) and not script.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_in_threads_leaves_the_number_of_pytorchs_own_threads_as_it_was(fails):
+    """Each of them has one; a number that stayed would make the training after it several times slower."""
+    def work(item):
+        if fails:
+            raise ValueError
+        return item, torch.get_num_threads()
+
+    before, later = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+        assert script.in_threads(work, range(5), "Work", 2) == [(item, 1) for item in range(5)]
+    new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    new.start()
+    new.join()
+    assert later == [torch.get_num_threads()] == [3]
+    torch.set_num_threads(before)

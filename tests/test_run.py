@@ -709,8 +709,8 @@ def test_training_works_with_almost_no_shared_memory(tmp_path):
 
 
 def test_a_table_has_the_columns_of_its_last_row(tmp_path):
-    """A metric that was added before a resume is missing in earlier rows."""
-    script.write_table(tmp_path / "history.csv", [{"epoch": 1}, {"epoch": 2, "new": 0.5}])
+    """A metric that was added, or taken out, before a resume."""
+    script.write_table(tmp_path / "history.csv", [{"epoch": 1, "old": 7}, {"epoch": 2, "new": 0.5}])
     assert (tmp_path / "history.csv").read_text() == "epoch,new\n1,\n2,0.5\n"
 
 
