@@ -1077,17 +1077,17 @@ def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *,
 class Run:
     """Everything that changes while a model is trained."""
 
-    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "data")
+    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "fingerprint")
     STATEFUL = ("model", "average", "optimizer", "warmup", "plateau", "scaler")
 
-    def __init__(self, cfg: Settings, device: torch.device, data: str, steps_per_epoch: int, state: dict | None):
-        """data: fingerprint of the splits. state: from read_last() to go on, or None to start."""
-        self.cfg, self.device, self.data = cfg, device, data
+    def __init__(self, cfg: Settings, device: torch.device, fingerprint: str, steps_per_epoch: int, state: dict | None):
+        """fingerprint: of the data. state: from read_last() to go on, or None to start."""
+        self.cfg, self.device, self.fingerprint = cfg, device, fingerprint
         self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
         self.best_dice, self.history, self.reverted = -1.0, [], False
         torch.manual_seed(cfg.SEED)
-        no_download = state or cfg.INIT_WEIGHTS  # then the encoder's weights are not needed
-        model, origin = build_model(cfg.ENCODER, None if no_download else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
+        given = state or cfg.INIT_WEIGHTS  # all weights: those of the encoder need not be downloaded
+        model, origin = build_model(cfg.ENCODER, None if given else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
         self.weights_from = gather(origin)[0]  # DistributedDataParallel copies the first process's weights to all
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)
@@ -1144,7 +1144,7 @@ class Run:
             scores = validate(self.average, loaders["valid"], criterion, self.device, cfg=cfg, limit=self.limit)
             if not math.isfinite(trained["train_loss"] + scores["valid_loss"]):
                 writer.wait()
-                gather("the state is written")
+                gather("the state is written")  # all processes have to come here before one of them reads it
                 self.revert(writer.output, f"epoch {self.epoch + 1}: the loss or its gradient is not finite "
                             f"({trained['dropped']} steps dropped, validation loss {scores['valid_loss']:.4g})")
                 continue
@@ -1179,7 +1179,7 @@ class Run:
     def share_statistics(self) -> None:
         """Give all processes the running statistics of the first, which the checkpoint will hold."""
         for averaged, own in zip(self.average.buffers(), self.model.buffers()):
-            if not own.is_floating_point():  # BatchNorm counts its batches
+            if not own.is_floating_point():  # BatchNorm counts its batches; the average has only the other numbers
                 averaged.copy_(own)
             if world_size() > 1:
                 dist.broadcast(averaged, 0)
@@ -1192,7 +1192,7 @@ class Run:
 
     def load(self, state: dict) -> None:
         """Go on from a state. Raises TrainerError when it belongs to other data."""
-        if state["data"] != self.data:
+        if state["fingerprint"] != self.fingerprint:
             raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
                                "back, or start a new run in another OUTPUT_DIR")
         for name in self.PLAIN:
@@ -1267,7 +1267,7 @@ def train(cfg: Settings, resume: bool) -> None:
         if rank() == 0 and run.history:
             plot_history(output / "training_history.png", run.history)
         say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
-        gather("the best model is written")
+        gather("the best model is written")  # all processes have to come here before one of them reads it
         del loaders, run  # ends the workers and frees the GPU before the evaluation
         evaluate_checkpoint(cfg, output / BEST, splits, cache)
     say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
@@ -1668,7 +1668,7 @@ def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str =
 
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
     """Training images, masks outlined: below each one as loaded the same one as the network may see it."""
-    # Images with a tumour first: their outlines show whether masks lie where they should.
+    # Images with a tumour first: their outlines show whether masks lie where they should. The prime shuffles.
     order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].rles, i * 7919 % len(dataset)))
     rows = []
     for first in range(0, min(2 * columns, len(order)), columns):
