@@ -283,7 +283,7 @@ def test_a_state_of_the_version_before_is_refused_and_its_best_model_is_a_start(
     message = refused(here, finished)
     assert "another version" in message
     code, text = here(alone(tmp_path / "new", "--epochs", 1, *message[message.index("--init-weights"):].split()))
-    assert code == 0 and f"(LR), because the weights to start from are: checkpoint {finished / BEST}" in text
+    assert code == 0 and f"for the encoder, whose weights are: checkpoint {finished / BEST}" in text
 
 
 def test_a_best_model_of_the_version_before_loads(finished, monkeypatch, capfd):
