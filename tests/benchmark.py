@@ -453,17 +453,26 @@ def curves(results):
 
 
 def verdict(found):
-    """The comparison in a sentence. found: of curves(), for both versions; pairs have the same seed."""
+    """The comparison in a sentence. found: of curves(), for both versions; pairs have the same seed.
+
+    "In the same time" is when this version has done all epochs; between two epochs the original's Dice is a line.
+    """
+    def in_words(differences):
+        points = statistics.median(100 * np.array(differences))
+        return f"{abs(points):.1f} points {'better' if points >= 0 else 'worse'}"
+
     original, this = found["original"], found["this"]
-    points, speed = statistics.median(100 * (this[-1, 0] - original[-1, 0])), []
+    same_time, speed = [], []
     for (old, its), (new, mine) in zip(original.transpose(2, 1, 0), this.transpose(2, 1, 0)):
+        same_time.append(new[-1] - np.interp(mine[-1], its, old))
         reached = np.flatnonzero(new >= old.max())  # the first epoch that is as good as the original's best one
         speed.append(its[old.argmax()] / mine[reached[0]] if len(reached) else 0.0)
     middle = statistics.median(speed)
     reaches = f"reaches the original's best Dice in 1/{middle:.1f} of its time" if middle else \
         "does not reach the original's best Dice"
-    return (f"{abs(points):.1f} points {'better' if points >= 0 else 'worse'} at equal epochs, {reaches} (medians of "
-            f"{len(speed)} pairs; reached in {np.count_nonzero(speed)}, factors {min(speed):.1f} ... {max(speed):.1f})")
+    return (f"{in_words(this[-1, 0] - original[-1, 0])} at equal epochs, {in_words(same_time)} in the same time, "
+            f"{reaches} (medians of {len(speed)} pairs; reached in {np.count_nonzero(speed)}, factors {min(speed):.1f} "
+            f"... {max(speed):.1f})")
 
 
 def plot_accuracy(path, found, title):
