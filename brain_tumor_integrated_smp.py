@@ -540,7 +540,7 @@ def build_transform(train: bool, normalize: bool = True, mean: tuple = MEAN, std
     if train:
         steps = [
             A.HorizontalFlip(p=0.5),
-            # Scanners deliver one orientation: others cost a short training two points of Dice where they are frequent.
+            # Scanners deliver one orientation: others, where frequent, cost a short training three points of Dice.
             A.VerticalFlip(p=0.05),
             A.RandomRotate90(p=0.05),
             # A tuple is a range: (0.1, 0.1) would shift every image by exactly +10 %.
