@@ -449,8 +449,7 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     for slot, record in enumerate(records):
         record.slot = slot
     cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
-    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images",
-               len(records))
+    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
     bad = [record.error for record in records if record.error]
     for split in splits.values():
         good = [record for record in split.records if not record.error]
@@ -659,13 +658,17 @@ def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch
                                        worker_init_fn=start_worker, persistent_workers=workers > 0)
 
 
+def avx2_only() -> bool:
+    """Whether this is an x86 processor with nothing newer than AVX2, or PyTorch was told to treat it as one."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def memory_format(device: torch.device) -> torch.memory_format:
     """How images, weights and activations [N, C, H, W] lie in memory: channels_last where convolutions prefer it.
 
     They do on GPUs and on CPUs with AVX-512. With AVX2 alone, oneDNN takes twice as long for the gradients in it.
     """
-    avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # x86 with nothing newer, or told to use nothing newer
-    return torch.contiguous_format if device.type == "cpu" and avx2 else torch.channels_last
+    return torch.contiguous_format if device.type == "cpu" and avx2_only() else torch.channels_last
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -899,7 +902,7 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU, and PyTorch's kernels for it, are faster in bfloat16 than in float32."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if not torch.backends.mkldnn.is_available() or avx2_only():  # builds for ARM Macs have no oneDNN
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.6
         return torch.cpu._is_avx512_bf16_supported()
@@ -1791,7 +1794,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     given = vars(parser.parse_args(argv))
     if "LR" in given:  # the user's choice holds for every start
         given.setdefault("LR_RANDOM_START", given["LR"])
-    values = {name: given.pop(name, globals()[name]) for name in CONSTANTS}
+    values = {name: given.pop(name, value) for name, value in vars(default_settings()).items()}
     cfg = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     mode = argparse.Namespace(**given)
     if mode.checkpoint and not (mode.evaluate or mode.predict):
@@ -1924,11 +1927,11 @@ def available_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def in_threads(work, items, description: str, most: int) -> list:
+def in_threads(work, items, description: str, most: float = math.inf) -> list:
     """work(item) of every item, in their order, by a thread on each core, but no more than most. Raises Interrupted."""
     # PyTorch's own threads in each of them would be too many. New threads take over what was set last, wherever it was.
     intra_op = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max(1, min(most, available_cores())), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(min(most, available_cores()), initializer=torch.set_num_threads, initargs=(1,))
     try:
         return list(progress(pool.map(work, items), description, len(items)))
     finally:

@@ -173,5 +173,6 @@ def test_work_in_threads_leaves_the_number_of_pytorchs_own_threads_as_it_was(fai
     new = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     new.start()
     new.join()
-    assert later == [torch.get_num_threads()] == [3]
+    here = torch.get_num_threads()
     torch.set_num_threads(before)
+    assert later == [here] == [3]

@@ -620,7 +620,14 @@ def test_a_signal_while_images_are_read_ends_at_once(here, tmp_path, monkeypatch
 
 def test_a_stopped_evaluation_does_not_promise_to_go_on(here, finished, monkeypatch):
     earlier = contents(finished)
-    monkeypatch.setattr(script, "predict_probability", lambda *_: send(signal.SIGINT))
+    first = iter([signal.SIGINT])  # of two threads; a second signal would end the run at once, wherever it is
+
+    def predict(model, image, height, width):
+        for signum in first:
+            send(signum)
+        return np.zeros((height, width), np.float32)
+
+    monkeypatch.setattr(script, "predict_probability", predict)
     code, text = here(alone(finished, "--evaluate"))
     assert code == 130 and "Stopped." in text and "--resume" not in text and "Traceback" not in text
     assert contents(finished) == earlier
