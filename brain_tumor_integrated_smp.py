@@ -1304,15 +1304,9 @@ RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING", "NUM_WORKERS", "DEVICE", "PRECI
 
 
 def to_cpu(value):
-    """A copy of nested dicts and lists with every tensor on the CPU.
-
-    Raises TrainerError if one of them holds NaN or infinity: such a state must never replace a good one.
-    """
+    """A copy of nested dicts and lists with every tensor on the CPU."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().to("cpu", copy=True)
-        if not value.sum().isfinite():  # NaN and infinity spoil the sum; looking at each number takes ten times as long
-            raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
-        return value
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: to_cpu(item) for key, item in value.items()}
     return [to_cpu(item) for item in value] if isinstance(value, list) else value
@@ -1334,6 +1328,12 @@ class CheckpointWriter:
 
     def write(self, state: dict) -> None:
         """Write a state and what belongs to it. Raises TrainerError; files that are not written stay as they were."""
+        tensors = itertools.chain(state["model"].values(), state["average"].values(),
+                                  *(moments.values() for moments in state["optimizer"]["state"].values()))
+        # NaN and infinity spoil a sum; looking at each number takes ten times as long. NumPy, because PyTorch would
+        # start more threads beside training's.
+        if not all(np.isfinite(tensor.numpy().sum()) for tensor in tensors):
+            raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
         write_file(self.output / LAST, lambda file: torch.save(state, file), required=True)
         if state["epoch"] and state["epoch"] == state["best_epoch"]:
             self.write_best(state)

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -94,11 +95,19 @@ def write_data(root, train=8, valid=4, test=2, size=96):
     return root
 
 
+def definitions():
+    """What a test may replace for itself, but not for the next one: {(owner, name): function or class}."""
+    return {(owner, name): value for owner in (script, script.Run, script.CheckpointWriter, os, time)
+            for name, value in vars(owner).items() if callable(value)}
+
+
 @pytest.fixture(autouse=True)
-def no_run_left_over():
+def nothing_left_over():
+    earlier = definitions()
     yield
     if "background" in sys.modules:
         sys.modules["background"].end_all()
+    assert definitions() == earlier
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from background import Process, arguments, assert_same_run, copy_run, read, rising_dice, run, table_rows, whole_run
-from conftest import script, tiny_build_model, write_data
+from conftest import definitions, script, tiny_build_model, write_data
 
 BEST, JSON, LAST = script.BEST, "unet_plusplus_best.json", script.LAST
 TABLE, PLOT, SAMPLES = "training_history.csv", "training_history.png", "training_samples.png"
@@ -75,14 +75,11 @@ def here(tiny, monkeypatch, capfd):
 
     Faults hold for one call.
     """
-    touched = [(script, "plot_samples"), (script, "plot_history"), (script, "plot_predictions"), (script, "validate"),
-               (script, "train_one_epoch"), (Writer, "write"), (Writer, "wait"), (os, "replace"), (time, "sleep")]
-
     def main(argv, *faults):
         capfd.readouterr()
         with monkeypatch.context() as patch:
-            for owner, name in touched:
-                patch.setattr(owner, name, getattr(owner, name))  # to be undone
+            for (owner, name), value in definitions().items():
+                patch.setattr(owner, name, value)  # to be undone
             patch.setattr(script, "open", open, raising=False)
             for fault in (background.no_pictures, *faults):
                 fault(script)
@@ -786,8 +783,7 @@ def test_a_folder_that_knows_no_locks_warns_and_goes_on(trouble, here, tmp_path,
 @pytest.mark.parametrize("error", [MemoryError("no room"), ZeroDivisionError("odd")], ids=["memory", "unforeseen"])
 def test_an_error_anywhere_says_what_helps_and_how_to_go_on(owner, name, saved, error, here, tmp_path):
     """Memory that runs out, also in the writer; errors that nobody foresaw keep their trace."""
-    with pytest.MonkeyPatch.context() as patch:
-        code, text = here(alone(tmp_path, "--epochs", 2), lambda _: patch.setattr(owner, name, raising(error)))
+    code, text = here(alone(tmp_path, "--epochs", 2), lambda _: setattr(owner, name, raising(error)))
     foreseen = isinstance(error, MemoryError)
     assert code == 1 and (GO_ON in text) == saved
     assert ("memory ran out (no room)" in text) == ("--num-workers" in text or "NUM_WORKERS" in text) == foreseen
