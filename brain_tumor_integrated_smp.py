@@ -1331,8 +1331,8 @@ class CheckpointWriter:
         tensors = itertools.chain(state["model"].values(), state["average"].values(),
                                   *(moments.values() for moments in state["optimizer"]["state"].values()))
         # NaN and infinity spoil a sum; looking at each number takes ten times as long. NumPy, because PyTorch would
-        # start more threads beside training's.
-        if not all(np.isfinite(tensor.numpy().sum()) for tensor in tensors):
+        # start more threads beside training's; it knows no bfloat16.
+        if not all(np.isfinite(tensor.float().numpy().sum()) for tensor in tensors):
             raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
         write_file(self.output / LAST, lambda file: torch.save(state, file), required=True)
         if state["epoch"] and state["epoch"] == state["best_epoch"]:

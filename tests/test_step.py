@@ -253,6 +253,14 @@ def test_a_state_with_a_number_that_is_not_finite_is_never_written(find, tiny, t
     assert caught.value.exit_code == 1 and not any(tmp_path.iterdir())
 
 
+def test_a_state_in_bfloat16_is_written(tiny, tmp_path):
+    """As somebody may have it who edits the script."""
+    run = new_run()
+    run.model.bfloat16()
+    script.CheckpointWriter(tmp_path, {}).write(run.state())
+    assert read(tmp_path)["model"]["0.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layers", [1, 60])
 def test_running_statistics_restores_every_kind_of_number_with_few_kernels(layers):
     model, kinds = torch.nn.Module(), (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool)
