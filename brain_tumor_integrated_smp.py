@@ -2,7 +2,7 @@
 
     python brain_tumor_integrated_smp.py                                   train with the constants below
     python brain_tumor_integrated_smp.py --img-size 128 --epochs 5         any constant, without editing
-    python brain_tumor_integrated_smp.py --resume                          go on with an interrupted run
+    python brain_tumor_integrated_smp.py --resume                          continue an interrupted run
     python brain_tumor_integrated_smp.py --audit                           check the data and stop
     python brain_tumor_integrated_smp.py --evaluate                        threshold and test scores of the best model
     python brain_tumor_integrated_smp.py --predict scan.png folder/        masks and overlays for new images
@@ -12,7 +12,7 @@ The data folder holds train/, valid/ and, if there is one, test/, each with its 
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
 Measured results, with command, hardware and versions, stand in README.md. The file follows the data: images and masks,
 checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
-evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of it, say(),
+evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of it, log(),
 warn(), progress(), gather() (between processes) and TrainerError are used everywhere.
 """
 
@@ -23,7 +23,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import errno
 import functools
 import gc
 import hashlib
@@ -43,6 +42,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,6 +54,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import l
 
 import albumentations as A
 import cv2
+import filelock
 import matplotlib
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -70,13 +71,14 @@ from tqdm import tqdm
 # --- data and output
 DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/, valid/ and (optional) test/
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
+SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
-SKIP_BAD_IMAGES = False  # True: go on without unreadable images (they are listed) instead of stopping
+SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
 
 # --- images and loading
 IMG_SIZE = 256  # pixels, a multiple of 32, at least 64; the network sees squares of this size
-BATCH_SIZE = 8  # images per forward pass, over all GPUs together, at least 1; smaller if memory runs out
+BATCH_SIZE = 8  # images per forward pass, over all GPUs together, at least 1; halved when memory runs out
 NUM_WORKERS = 4  # processes that augment images, 0 or more (0: none); never more than the available cores
 MEAN = (0.485, 0.456, 0.406)  # per-channel mean of RGB values in 0..1 (ImageNet's, as the encoder expects)
 STD = (0.229, 0.224, 0.225)  # per-channel standard deviation, likewise
@@ -90,17 +92,18 @@ INIT_WEIGHTS = None  # a .pth of this script to start from (staged training), or
 # --- optimisation
 EPOCHS = 80  # passes over the training set, at least 1
 LR = 1e-4  # learning rate of AdamW for pretrained weights, after the warm-up, more than 0
-LR_RANDOM_START = 5e-4  # for weights that start at random: the decoder's, perhaps the encoder's too; --lr sets both
+LR_FROM_SCRATCH = 5e-4  # for randomly initialised weights: the decoder's, perhaps the encoder's too; --lr sets both
 WARMUP_STEPS = 20  # optimizer steps over which the learning rate grows to its value, 0: none
 WEIGHT_DECAY = 1e-2  # AdamW's decoupled weight decay, 0 or more
 LOSS = "dice_bce"  # a name in LOSSES; "focal_tversky" favours finding all of a tumour
 ACCUMULATION_STEPS = 1  # batches per optimizer step, at least 1; raise it when BATCH_SIZE has to be small
 GRAD_CLIP = 1.0  # largest gradient norm, 0: no clipping
-AVERAGE_EPOCHS = 1.0  # validated and saved is the moving average of the weights over about so many epochs; 0: none
+EMA_EPOCHS = 1.0  # epochs over which the exponential moving average (EMA) of the weights reaches, 0: no EMA; the EMA
+#                   is what is validated and saved as the best model
 PLATEAU_FACTOR = 0.5  # the learning rate is multiplied by this when validation Dice stalls, between 0 and 1
 PLATEAU_PATIENCE = 10  # epochs without a better validation Dice before that happens
-EARLY_STOPPING = 25  # epochs without a better validation Dice before training ends, 0: never
-SEED = 42  # 0 or more; weights, order and augmentation follow from it
+EARLY_STOPPING_PATIENCE = 25  # epochs without a better validation Dice before training ends, 0: never
+SEED = 42  # 0 or more; initial weights, order of the images and augmentation are derived from it
 
 # --- prediction
 TEST_TIME_AUGMENTATION = False  # True: the mean over an image and its mirror image, at twice the cost
@@ -111,8 +114,8 @@ PRECISION = "auto"  # "auto" (float16 on CUDA, bfloat16 on CPUs that have it), "
 COMPILE = False  # True: torch.compile the model (a long first epoch)
 DETERMINISTIC = False  # True: slower, but repeatable to the last bit on one GPU
 
-# All settings above, in this order. One that you add is a flag and part of the record, and has to be the same when a
-# run is resumed (see RESUME_MAY_CHANGE); the code that needs it gets it as cfg.NAME or as an argument.
+# All settings above, in this order. One that you add becomes a flag, is saved with the run, and must not change when
+# the run is resumed (see RESUME_MAY_CHANGE); the code that needs it gets it as cfg.NAME or as an argument.
 CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1)
 
 # ===== Images and masks ===============================================================================================
@@ -162,38 +165,40 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @dataclass
-class Record:
-    """One image of a split with its merged mask."""
+class ImageEntry:
+    """One image of a split with its mask."""
 
     number: int  # position in the JSON's list of images; augmentation depends on it
     path: str
     file_name: str  # as in the JSON
     height: int  # pixels, of the annotation's coordinate system
     width: int
-    rles: list[dict] = field(default_factory=list)  # its annotations that have an area, as compressed COCO RLEs
-    remarks: list[str] = field(default_factory=list)  # what is suspicious about it
-    # Found by scan():
-    slot: int = -1  # its place in the cache
+    rle: dict | None = None  # the union of its annotations, as a compressed COCO RLE; None: no tumour
+    tumours: int = 0  # annotations that cover at least one pixel
+    boxes: int = 0  # those of them that are upright boxes
+    remarks: list[str] = field(default_factory=list)  # what the user should look at
+    # Set by scan():
+    cache_slot: int = -1  # its place in the cache
     error: str = ""  # why it cannot be read
     digest: str = ""  # of its pixels
     mask_digest: str = ""
-    share: float = 0.0  # of the image that is tumour
+    tumour_fraction: float = 0.0  # of the image
     thumbnail: np.ndarray | None = None  # float32 [1024]: grey 32x32, mean 0, length 1
 
     def mask(self) -> np.ndarray:
         """The union of its annotations: uint8 [height, width], 0 or 1."""
-        if not self.rles:
+        if self.rle is None:
             return np.zeros((self.height, self.width), np.uint8)
-        return np.ascontiguousarray(coco_mask.decode(coco_mask.merge(self.rles)))
+        return np.ascontiguousarray(coco_mask.decode(self.rle))
 
 
-def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_sample(entry: ImageEntry, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
 
     Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
     """
-    image = read_image(record.path, record.height, record.width)
-    return resize(image, img_size, img_size), resize_mask(record.mask(), img_size, img_size), image
+    image = read_image(entry.path, entry.height, entry.width)
+    return resize(image, img_size, img_size), resize_mask(entry.mask(), img_size, img_size), image
 
 
 # ===== Annotations ====================================================================================================
@@ -201,26 +206,27 @@ def load_sample(record: Record, img_size: int) -> tuple[np.ndarray, np.ndarray, 
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
-FEW_PIXELS = 25  # a mask with fewer is worth a look: tools leave such specks behind
-SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"  # in the JSON of the phantoms that come with the script
+FEW_PIXELS = 25  # a mask with fewer gets a remark: annotation tools leave such specks behind
+# In the JSON of the synthetic MRI-like images (phantoms) that come with the script:
+SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"
 
 
 @dataclass
 class Split:
     """A split as its JSON describes it, and what prepare_data() adds."""
 
-    records: list[Record]
+    entries: list[ImageEntry]
     annotations: int  # that count, see CATEGORIES
-    unnamed: int  # image files that no entry names
-    is_sample: bool  # made by this project
+    unlisted: int  # image files that the JSON does not list
+    is_sample: bool  # the phantoms of this project
     skipped: int = 0  # images that cannot be read
-    like_train: int = 0  # images that look like one in train
+    near_duplicates: int = 0  # images that look like one in train
 
 
 def run_lengths(counts: str) -> list[int]:
     """Run lengths from the text of a compressed COCO RLE: 5 bits a letter, from the fourth run on as differences.
 
-    pycocotools decodes a text that is cut short, or too long, without a word: only the sum of the runs tells.
+    pycocotools decodes a text that is cut short, or too long, without an error: only the sum of the runs tells.
     """
     runs, value, shift = [], 0, 0
     for letter in counts:
@@ -241,7 +247,7 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
     """Rasterise one COCO segmentation with pycocotools.
 
     segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, or an RLE dict, compressed or not.
-    Returns (compressed RLE of the union, or None if nothing is left; remarks about what is suspicious).
+    Returns (compressed RLE of the union, or None if no polygon is left; remarks for the user).
     Raises ValueError when it is no segmentation at all.
     """
     if isinstance(segmentation, dict):
@@ -251,7 +257,7 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
         runs = run_lengths(counts) if isinstance(counts, str) else counts
         if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
             raise ValueError("the counts of its RLE do not add up to height times width")
-        # Drawn and encoded again: with runs of no pixel, which are correct, pycocotools merges to garbage.
+        # Decoded and encoded again: pycocotools merges RLEs with empty runs, which are correct, to garbage.
         mask = np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(width, height).T
         return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
     if not isinstance(segmentation, list) or not segmentation:
@@ -278,15 +284,11 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
     return (coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None), remarks
 
 
-def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
-    """Read the `_annotations.coco.json` of a split, with all checks that need no pixels.
-
-    categories: names of the categories that count as tumour; empty: all.
-    Raises TrainerError, naming all offenders, when the folder or the JSON cannot be used.
-    """
-    split_dir, json_path = Path(split_dir), Path(split_dir) / ANNOTATION_FILE
+def load_coco(json_path: Path) -> dict:
+    """Parse a COCO file. Raises TrainerError unless it has lists of images (not empty), annotations and categories."""
+    folder = json_path.parent
     if not json_path.is_file():
-        missing = f"file not found: {json_path}" if split_dir.is_dir() else f"folder not found: {split_dir}"
+        missing = f"file not found: {json_path}" if folder.is_dir() else f"folder not found: {folder}"
         raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
                            f"valid/, each with its images and one {ANNOTATION_FILE}, as a 'COCO Segmentation' export")
     try:
@@ -294,69 +296,87 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     except (OSError, ValueError, RecursionError) as error:
         raise TrainerError(f"{json_path} is not valid JSON in UTF-8 ({error}); export or copy it again") from None
     for key in ("images", "annotations", "categories"):
-        entries = coco.get(key) if isinstance(coco, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        values = coco.get(key) if isinstance(coco, dict) else None
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the "
                                "format 'COCO Segmentation'")
     if not coco["images"]:
         raise TrainerError(f"{json_path} lists no images; export the data again, or take the folder out")
-    names = {str(entry.get("id")): str(entry.get("name")) for entry in coco["categories"]}
+    return coco
+
+
+def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
+    """Read the `_annotations.coco.json` of a split, with all checks that need no pixels.
+
+    categories: names of the categories that count as tumour; empty: all.
+    Raises TrainerError, naming all offenders, when the folder or the JSON cannot be used.
+    """
+    split_dir, json_path = Path(split_dir), Path(split_dir) / ANNOTATION_FILE
+    coco = load_coco(json_path)
+    names = {str(category.get("id")): str(category.get("name")) for category in coco["categories"]}
     if unknown := sorted(set(categories) - set(names.values())):
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
-    records, problems = read_image_entries(coco["images"], split_dir)
-    listed_ids, counted = {str(entry.get("id")) for entry in coco["images"]}, 0
-    for entry in coco["annotations"]:
-        label, record = f"annotation id {entry.get('id')}", records.get(str(entry.get("image_id")))
-        if str(entry.get("image_id")) not in listed_ids:
-            problems.append(f"{label} belongs to the image id {entry.get('image_id')}, which the file does not list")
-        if record is None or categories and names.get(str(entry.get("category_id"))) not in categories:
+    entries, problems = read_image_entries(coco["images"], split_dir)
+    listed_ids, counted, rles = {str(image.get("id")) for image in coco["images"]}, 0, {}
+    for annotation in coco["annotations"]:
+        label, image_id = f"annotation id {annotation.get('id')}", str(annotation.get("image_id"))
+        if image_id not in listed_ids:
+            problems.append(f"{label} belongs to image id {annotation.get('image_id')}, which the file does not list")
+        entry = entries.get(image_id)
+        if entry is None or categories and names.get(str(annotation.get("category_id"))) not in categories:
             continue
         counted += 1
         try:
-            rle, remarks = segmentation_to_rle(entry.get("segmentation"), record.height, record.width)
+            rle, remarks = segmentation_to_rle(annotation.get("segmentation"), entry.height, entry.width)
         except (ValueError, TypeError, OverflowError) as error:
-            problems.append(f"{label} of {record.file_name}: {error}")
+            problems.append(f"{label} of {entry.file_name}: {error}")
             continue
         pixels = int(coco_mask.area(rle)) if rle is not None else 0
         if rle is not None and pixels < FEW_PIXELS:
             remarks.append(f"the mask has only {pixels} pixels")
-        record.remarks += [f"{label}: {remark}" for remark in remarks]
-        record.rles += [rle] if pixels else []
+        entry.remarks += [f"{label}: {remark}" for remark in remarks]
+        if pixels:
+            entry.tumours += 1
+            entry.boxes += pixels == round(float(np.prod(coco_mask.toBbox(rle)[2:])))
+            rles.setdefault(image_id, []).append(rle)
     if problems:
-        raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{listed(problems)}\n"
+        raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{bullet_list(problems)}\n"
                            "Correct the file, or export it again.")
-    paths = {os.path.normcase(record.path) for record in records.values()}
-    unnamed = sum(path.suffix.lower() in IMAGE_SUFFIXES and os.path.normcase(path) not in paths
-                  for path in split_dir.rglob("*"))
-    return Split(list(records.values()), counted, unnamed, SAMPLE_MARK in str(coco.get("info")))
+    for image_id, parts in rles.items():
+        entries[image_id].rle = coco_mask.merge(parts)
+    paths = {os.path.normcase(entry.path) for entry in entries.values()}
+    unlisted = sum(path.suffix.lower() in IMAGE_SUFFIXES and os.path.normcase(path) not in paths
+                   for path in split_dir.rglob("*"))
+    return Split(list(entries.values()), counted, unlisted, SAMPLE_MARK in str(coco.get("info")))
 
 
-def read_image_entries(entries: list[dict], split_dir: Path) -> tuple[dict[str, Record], list[str]]:
-    """The list of images in a COCO file. Returns (records by image id, what is wrong as sentences)."""
-    records, problems = {}, []
-    for number, entry in enumerate(entries):
-        key, name, size = str(entry.get("id")), entry.get("file_name"), (entry.get("height"), entry.get("width"))
+def read_image_entries(images: list[dict], split_dir: Path) -> tuple[dict[str, ImageEntry], list[str]]:
+    """The list of images in a COCO file. Returns (entries by image id, problems as sentences)."""
+    entries, problems = {}, []
+    for number, image in enumerate(images):
+        key, name, size = str(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
         inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
-        if entry.get("id") is None or not isinstance(name, str) or not name:
+        if image.get("id") is None or not isinstance(name, str) or not name:
             problems.append(f"image entry {number} has no id or no file_name")
         elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
             problems.append(f"image id {key}: the file name {name!r} points outside its folder")
         elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
             problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
                             f"{LARGEST_SIDE} (pixels)")
-        elif key in records:
-            problems.append(f"image id {key} is used twice: {records[key].file_name} and {name}")
+        elif key in entries:
+            problems.append(f"image id {key} is used twice: {entries[key].file_name} and {name}")
         else:
-            records[key] = Record(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
-    uses = Counter(os.path.normcase(record.path) for record in records.values())
-    return records, problems + [f"{Path(path).name} is listed as two images" for path in uses if uses[path] > 1]
+            entries[key] = ImageEntry(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
+    uses = Counter(os.path.normcase(entry.path) for entry in entries.values())
+    return entries, problems + [f"{Path(path).name} is listed as two images" for path in uses if uses[path] > 1]
 
 
 # ===== One pass over all files: audit and cache =======================================================================
 
-ALIKE = 0.95  # correlation of two thumbnails; in the public data mostly slices at most three numbers apart
-LIKE_TRAIN = "{} of {} {} images look like an image in train: scores are too good for new patients"
+# Correlation of two thumbnails; in the public data most such pairs are slices at most three numbers apart.
+NEAR_DUPLICATE_CORRELATION = 0.95
+NEAR_DUPLICATES = "{} of {} {} images look like an image in train: scores may be too good for new patients"
 
 
 @dataclass
@@ -364,33 +384,33 @@ class PixelCache:
     """Decoded and resized images of a run: uint8 [S, S, 4] (RGB and mask) each, one after the other in a file.
 
     All workers and processes of a machine map the same file, so the pixels exist once, under every start method and
-    without /dev/shm. Its name follows from the folder of the run, which one run holds at a time: what a killed run has
-    left, the next one replaces.
+    without /dev/shm. Its name is derived from the folder of the run, which is locked: what a killed run has left, the
+    next run of that folder replaces.
     """
 
     path: Path
     img_size: int
 
     def pixels(self, slot: int, mode: str = "r") -> np.ndarray:
-        """The place of one image, mapped for reading, or with "r+" for writing."""
+        """The pixels of one image, mapped for reading, or with "r+" for writing."""
         shape = (self.img_size, self.img_size, 4)
         return np.memmap(self.path, np.uint8, mode, slot * math.prod(shape), shape)
 
 
 def cache_path(run_folder: Path) -> Path:
-    """Where the cache of a run lies."""
+    """The cache file of a run."""
     name = hashlib.sha256(str(run_folder.resolve()).encode(errors="replace")).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"brain_tumor_cache_{name}.bin"
 
 
 def remove_cache(run_folder: Path) -> None:
-    """Where the system refuses, the next run does it."""
+    """Delete the cache of a run; if the system refuses, the next run does it."""
     with contextlib.suppress(OSError):
         cache_path(run_folder).unlink(missing_ok=True)
 
 
 def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None:
-    """A cache for count images, or None, said, when it is switched off, too large or finds no room."""
+    """A cache for count images, or None, with a message, when it is switched off, too large or the disk is full."""
     path, size = cache_path(run_folder), count * cfg.IMG_SIZE**2 * 4
     remove_cache(run_folder)  # of a killed run
     try:
@@ -404,124 +424,124 @@ def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None
     except OSError as error:
         reason = str(error)
         remove_cache(run_folder)
-    say(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).\n"
-        "The environment variable TMPDIR (on Windows TEMP) names another folder for them.")
+    log(f"Images are decoded again in every epoch, which is slower: no room to keep them ({reason}).\n"
+        "To keep them on another disk, set the environment variable TMPDIR (on Windows TEMP) to a folder there.")
     return None
 
 
-def scan(record: Record, img_size: int, cache: PixelCache | None) -> None:
+def scan(entry: ImageEntry, img_size: int, cache: PixelCache | None) -> None:
     """Read one image file once: fill its cache slot and note what is found. A damaged file is noted, not raised."""
     try:
-        image, mask, full = load_sample(record, img_size)
+        image, mask, full = load_sample(entry, img_size)
     except TrainerError as error:
-        record.error = str(error)
+        entry.error = str(error)
         return
     if cache is not None:
-        cache.pixels(record.slot, "r+")[:] = np.dstack([image, mask])
-    truth = record.mask()
-    record.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
-    record.mask_digest, record.share = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
+        cache.pixels(entry.cache_slot, "r+")[:] = np.dstack([image, mask])
+    truth = entry.mask()
+    entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
+    entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
     if truth.any() and not mask.any():
-        record.remarks.append(f"the tumour disappears at IMG_SIZE {img_size}")
+        entry.remarks.append(f"the tumour disappears at IMG_SIZE {img_size}")
     if full.shape[:2] != truth.shape:
-        record.remarks.append(f"the JSON says {record.width}x{record.height} pixels, the file differs (the mask is "
-                              "stretched with the image)")
+        entry.remarks.append(f"the JSON says {entry.width}x{entry.height} pixels, the file differs (the mask is "
+                             "stretched with the image)")
     small = resize(cv2.cvtColor(full, cv2.COLOR_RGB2GRAY), 32, 32).astype(np.float32).ravel()
     small -= small.mean()
-    record.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
+    entry.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
 
 
 def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
-    names: of the splits; "test" may be missing on disk, and is left out then. run_folder: held by this run; None: no
+    names: of the splits; "test" may be missing on disk, and is left out then. run_folder: locked by this run; None: no
     cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
     folder = {name: Path(cfg.DATA_DIR) / name for name in names}
     if "test" in names and not folder["test"].is_dir():
-        say(f"No test folder ({folder.pop('test')}): the score on test is left out.")
+        log(f"No test folder ({folder.pop('test')}): there will be no test score.")
     splits = {name: read_coco(path, cfg.CATEGORIES) for name, path in folder.items()}
     phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
-    records = [record for split in splits.values() for record in split.records]
-    for slot, record in enumerate(records):
-        record.slot = slot
-    cache = open_cache(cfg, run_folder, len(records)) if run_folder else None
-    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), records, "Reading images")
-    bad = [record.error for record in records if record.error]
+    entries = [entry for split in splits.values() for entry in split.entries]
+    for slot, entry in enumerate(entries):
+        entry.cache_slot = slot
+    cache = open_cache(cfg, run_folder, len(entries)) if run_folder else None
+    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), entries, "Reading images")
+    bad = [entry.error for entry in entries if entry.error]
     for split in splits.values():
-        good = [record for record in split.records if not record.error]
-        split.skipped, split.records = len(split.records) - len(good), good
+        good = [entry for entry in split.entries if not entry.error]
+        split.skipped, split.entries = len(split.entries) - len(good), good
     print_audit(splits)
     if bad and not cfg.SKIP_BAD_IMAGES:
-        raise TrainerError(f"{len(bad)} image(s) cannot be read:{listed(bad)}\nRepair or remove them, or set "
-                           "SKIP_BAD_IMAGES = True (--skip-bad-images) to go on without them.")
+        raise TrainerError(f"{len(bad)} image(s) cannot be read:{bullet_list(bad)}\nRepair or remove them, or set "
+                           "SKIP_BAD_IMAGES = True (--skip-bad-images) to leave them out.")
     if bad:
-        warn(f"going on without {len(bad)} unreadable image(s):{listed(bad)}")
+        warn(f"leaving out {len(bad)} unreadable image(s):{bullet_list(bad)}")
     for name, split in splits.items():
-        if not split.records or name == "train" and not any(record.share for record in split.records):
-            missing = "tumour pixel" if split.records else "readable image"
+        if not split.entries or name == "train" and not any(entry.tumour_fraction for entry in split.entries):
+            missing = "tumour pixel" if split.entries else "readable image"
             raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
-        if name == "train" and len(split.records) < world_size():
+        if name == "train" and len(split.entries) < world_size():
             raise TrainerError("there are fewer training images than processes")
     return splits, cache
 
 
 def print_audit(splits: dict[str, Split]) -> None:
-    """Print the table of what the splits hold, and below it what is suspicious. Sets like_train of the splits."""
-    columns, remarks, first_seen = [], find_neighbours(splits), {}
-    rles = [rle for split in splits.values() for record in split.records for rle in record.rles]
-    boxes = sum(int(coco_mask.area(rle)) == round(float(np.prod(coco_mask.toBbox(rle)[2:]))) for rle in rles)
-    if rles and boxes >= 0.95 * len(rles):
-        remarks.append(f"{boxes} of {len(rles)} annotations are upright boxes: a model will learn boxes, not outlines")
+    """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
+    columns, remarks, first_seen = [], find_near_duplicates(splits), {}
+    tumours, boxes = (sum(getattr(entry, name) for split in splits.values() for entry in split.entries)
+                      for name in ("tumours", "boxes"))
+    if boxes and boxes >= 0.95 * tumours:
+        remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
     for name, split in splits.items():
-        shares = [100 * record.share for record in split.records if record.share] or [math.nan]
+        percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
         columns.append({
-            "Data": name, "images": len(split.records), "unreadable images": split.skipped,
+            "Data": name, "images": len(split.entries), "unreadable images": split.skipped,
             "annotations": split.annotations,
-            "without tumour": sum(not record.share for record in split.records),
-            "several tumours": sum(len(record.rles) > 1 for record in split.records),
-            "smallest tumour, % of image": f"{min(shares):.3f}",
-            "median tumour, % of image": f"{np.median(shares):.3f}",
-            "largest tumour, % of image": f"{max(shares):.3f}",
-            "files that the JSON does not name": split.unnamed})
-        for record in split.records:
-            label = f"{name}/{record.file_name}"
-            remarks += [f"{label}: {remark}" for remark in record.remarks]
-            record.thumbnail = None  # has served; not to be sent to workers
-            split_of_first, first = first_seen.setdefault(record.digest, (name, label))
+            "without tumour": sum(not entry.tumour_fraction for entry in split.entries),
+            "several tumours": sum(entry.tumours > 1 for entry in split.entries),
+            "smallest tumour, % of image": f"{min(percent):.3f}",
+            "median tumour, % of image": f"{np.median(percent):.3f}",
+            "largest tumour, % of image": f"{max(percent):.3f}",
+            "files that the JSON does not list": split.unlisted})
+        for entry in split.entries:
+            label = f"{name}/{entry.file_name}"
+            remarks += [f"{label}: {remark}" for remark in entry.remarks]
+            entry.thumbnail = None  # no longer needed, and not to be sent to workers
+            split_of_first, first = first_seen.setdefault(entry.digest, (name, label))
             if first != label:
                 leak = " (the same picture in two splits makes scores too good)" if split_of_first != name else ""
                 remarks.insert(0 if leak else len(remarks), f"{label}: same picture as {first}{leak}")
-    say("\n" + "\n".join(row.ljust(35) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
-    say(f"\nWorth a look, {len(remarks)} remark(s):{listed(remarks)}\n" if remarks else "")
+    log("\n" + "\n".join(row.ljust(35) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
+    log(f"\n{len(remarks)} remark(s), please check:{bullet_list(remarks)}\n" if remarks else "")
 
 
-def find_neighbours(splits: dict[str, Split]) -> list[str]:
+def find_near_duplicates(splits: dict[str, Split]) -> list[str]:
     """Count images of valid and test that look like one in train, mostly neighbouring slices. Returns remarks."""
-    remarks, train = [], splits["train"].records if "train" in splits else []
+    remarks, train = [], splits["train"].entries if "train" in splits else []
     for name, split in splits.items():
-        if name == "train" or not train or not split.records:
+        if name == "train" or not train or not split.entries:
             continue
         # Thumbnails have mean 0 and length 1: their products are correlations.
-        own, others = (np.stack([record.thumbnail for record in records]) for records in (split.records, train))
-        alike = own @ others.T
-        best = alike.max(axis=1)
-        split.like_train = int((best > ALIKE).sum())
-        closest = [f"{split.records[i].file_name} and {train[alike[i].argmax()].file_name}"
-                   for i in np.argsort(-best, kind="stable")[:min(3, split.like_train)]]
+        own, others = (np.stack([entry.thumbnail for entry in entries]) for entries in (split.entries, train))
+        correlation = own @ others.T
+        best = correlation.max(axis=1)
+        split.near_duplicates = int((best > NEAR_DUPLICATE_CORRELATION).sum())
+        closest = [f"{split.entries[i].file_name} and {train[correlation[i].argmax()].file_name}"
+                   for i in np.argsort(-best, kind="stable")[:min(3, split.near_duplicates)]]
         if closest:
-            remarks.append(f"{LIKE_TRAIN.format(split.like_train, len(split.records), name)}; most alike: "
+            remarks.append(f"{NEAR_DUPLICATES.format(split.near_duplicates, len(split.entries), name)}; the closest: "
                            + "; ".join(closest))
     return remarks
 
 
 def fingerprint(splits: dict[str, Split]) -> str:
     """A digest of the pixels and masks of train and valid: the same data, wherever it lies."""
-    content = [(name, record.number, record.digest, record.mask_digest) for name in ("train", "valid")
-               for record in splits[name].records]
+    content = [(name, entry.number, entry.digest, entry.mask_digest) for name in ("train", "valid")
+               for entry in splits[name].entries]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
@@ -567,23 +587,23 @@ class BrainTumorDataset(torch.utils.data.Dataset):
 
     def __init__(self, split_dir: str | Path, img_size: int = IMG_SIZE, train: bool = False, seed: int = SEED,
                  normalize: bool = True, categories: tuple = CATEGORIES, mean: tuple = MEAN, std: tuple = STD,
-                 records: list[Record] | None = None, cache: PixelCache | None = None):
-        """records and cache: of a split that prepare_data() has checked; without them the JSON is read here.
+                 entries: list[ImageEntry] | None = None, cache: PixelCache | None = None):
+        """entries and cache: of a split that prepare_data() has checked; without them the JSON is read here.
 
         Raises TrainerError when the split cannot be used.
         """
-        self.records = read_coco(split_dir, categories).records if records is None else records
+        self.entries = read_coco(split_dir, categories).entries if entries is None else entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.transform = build_transform(train, normalize, mean, std)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.entries)
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The resized, not augmented image: RGB uint8 [S, S, 3] and mask uint8 0/1 [S, S]."""
         if self.cache is None:
-            return load_sample(self.records[index], self.img_size)[:2]
-        pixels = self.cache.pixels(self.records[index].slot)
+            return load_sample(self.entries[index], self.img_size)[:2]
+        pixels = self.cache.pixels(self.entries[index].cache_slot)
         return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3)  # copies, and fast ones
 
     def __getitem__(self, key: int | tuple[int, int]):
@@ -591,14 +611,14 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         image, mask = self.sample(index)
         # One generator for the whole pipeline, its state set per item: reseeding each transform with the same
         # number would make them all fire together, and workers would otherwise repeat each other's draws.
-        generator = np.random.default_rng([self.seed, epoch, self.records[index].number])
+        generator = np.random.default_rng([self.seed, epoch, self.entries[index].number])
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         out = self.transform(image=image, mask=mask)
         return (out["image"], out["mask"][None].float()) if self.normalize else (out["image"], out["mask"])
 
 
-class EvenBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) keys, as many as needed and of sizes that differ by one image at most.
+class EvenBatchSampler(torch.utils.data.Sampler):
+    """Batches of (epoch, index) keys whose sizes differ by one image at most.
 
     So there is no tiny last batch, whose BatchNorm statistics would be noise, and no image is left out or repeated.
     With several processes each gets its part of every batch; nothing is padded.
@@ -626,7 +646,7 @@ class EvenBatches(torch.utils.data.Sampler):
             yield [(self.epoch, int(index)) for index in np.array_split(batch, self.world)[self.rank]]
 
 
-def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
+def collate(samples: list) -> tuple[np.ndarray, np.ndarray]:
     """Samples to a batch of numpy arrays: uint8 images [B, S, S, 3] and masks [B, S, S].
 
     Arrays travel from worker to trainer through a pipe; tensors would need /dev/shm, which containers limit to 64 MB.
@@ -635,9 +655,9 @@ def stack(samples: list) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.stack(masks)
 
 
-def start_worker(_number: int) -> None:
-    """One thread per worker (PyTorch sees to its own). It ends with the main process, also when that was killed, and
-    leaves Ctrl-C to it.
+def init_worker(_number: int) -> None:
+    """Set up a DataLoader worker: one thread; Ctrl-C is left to the main process; it ends when the main process ends,
+    also when that was killed.
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -648,14 +668,15 @@ def start_worker(_number: int) -> None:
 
 
 def make_loader(dataset: BrainTumorDataset, cfg: Settings, train: bool) -> torch.utils.data.DataLoader:
-    """Batches of uint8 arrays, see stack(). Training batches are shuffled; validation batches are twice as large."""
+    """Batches of uint8 arrays, see collate(). Training batches are shuffled; validation batches are twice as large."""
     # Validation without decoding is a copy from the cache: not worth a process.
     workers = min(cfg.NUM_WORKERS, available_cores()) if train or dataset.cache is None else 0
-    batches = EvenBatches(len(dataset), cfg.BATCH_SIZE * (1 if train else 2), train, cfg.SEED)
-    # Its own generator, because it would otherwise draw from that of the model's dropout whenever it starts workers.
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=stack,
+    larger = 2 if not train and cfg.BATCH_SIZE > 1 else 1  # one image per batch: memory has run out for two
+    sampler = EvenBatchSampler(len(dataset), cfg.BATCH_SIZE * larger, train, cfg.SEED)
+    # Its own generator: a DataLoader that starts workers would otherwise draw from the generator of the dropout.
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
                                        generator=torch.Generator(),
-                                       worker_init_fn=start_worker, persistent_workers=workers > 0)
+                                       worker_init_fn=init_worker, persistent_workers=workers > 0)
 
 
 def avx2_only() -> bool:
@@ -706,8 +727,8 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     """A network with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
 
     encoder_weights: "imagenet" (downloaded), None, or a local file of the encoder's weights.
-    Returns (model, where the encoder's weights come from, for the record). When the download is impossible, the model
-    starts from random weights and a warning says so. Raises TrainerError for a local file that does not fit.
+    Returns (model, where the encoder's weights come from, for the JSON). When the download is impossible, the model
+    starts from random weights, with a warning. Raises TrainerError for a local file that does not fit.
     """
     build = functools.partial(smp.create_model, architecture, encoder, in_channels=3, classes=1)
     unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
@@ -720,7 +741,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
         return model, f"file {encoder_weights}"
     if encoder_weights is None:
         return model, "random"
-    say("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
+    log("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
     try:
         return build(encoder_weights="imagenet"), "imagenet"
     except KeyError as error:  # there are none
@@ -728,7 +749,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     except Exception as error:  # networks, proxies and hubs fail in many ways
         reason = f"download failed: {type(error).__name__}: {one_line(error)}"
         warn(f"no ImageNet weights ({reason}).\n"
-             "Training starts from RANDOM weights, with LR_RANDOM_START, and needs more epochs for the same masks.\n"
+             "Training starts from RANDOM weights, with LR_FROM_SCRATCH, and needs more epochs for the same masks.\n"
              "To get the weights after all:\n"
              "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
              "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
@@ -762,7 +783,7 @@ def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> No
         module.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:  # other names or shapes; not even tensors
         differences = [line.strip()[:300] for line in str(error).splitlines()[1:]] or [str(error)]
-        raise TrainerError(f"{path} does not fit this model (is ENCODER the same?):{listed(differences)}") from None
+        raise TrainerError(f"{path} does not fit this model; is ENCODER the same?{bullet_list(differences)}") from None
 
 
 # ===== Losses: float32 logits [B, 1, S, S] and targets (0 or 1) of the same shape in, a mean over images out ==========
@@ -821,7 +842,7 @@ LOSSES = {"dice_bce": dice_bce, "dice_focal": dice_focal, "focal_tversky": Focal
 COUNTS = ("true_positive_px", "false_positive_px", "false_negative_px")
 
 
-def score_images(probabilities: torch.Tensor, masks: torch.Tensor, threshold: float = 0.5) -> dict[str, torch.Tensor]:
+def image_metrics(probabilities: torch.Tensor, masks: torch.Tensor, threshold: float = 0.5) -> dict[str, torch.Tensor]:
     """Scores of each image: float64 [B] tensors by name, on the same device. Tumour is probability >= threshold.
 
     probabilities: float32 [B, 1, H, W], 0..1. masks: any dtype [B, 1, H, W], 0 or 1. A metric that is added here
@@ -829,10 +850,10 @@ def score_images(probabilities: torch.Tensor, masks: torch.Tensor, threshold: fl
     """
     tp, fp, fn, _ = smp.metrics.get_stats(probabilities, masks.long(), mode="binary", threshold=threshold)
     counts = [count[:, 0].double() for count in (tp, fp, fn)]
-    return ratios(*counts) | dict(zip(COUNTS, counts))
+    return metrics_from_counts(*counts) | dict(zip(COUNTS, counts))
 
 
-def ratios(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> dict[str, torch.Tensor]:
+def metrics_from_counts(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> dict[str, torch.Tensor]:
     """Dice, IoU, precision and recall from pixel counts (float64, any shape), range 0..1.
 
     Convention: both masks empty scores 1 everywhere; only one of them empty scores 0 everywhere.
@@ -846,7 +867,7 @@ def ratios(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> dict[str, to
 def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scores of a set from those of its images: means, and, as pooled_*, the ratios of all pixels taken together."""
     means = {name: float(values.mean()) for name, values in scores.items() if name not in COUNTS}
-    pooled = ratios(*(scores[name].sum() for name in COUNTS))
+    pooled = metrics_from_counts(*(scores[name].sum() for name in COUNTS))
     return means | {f"pooled_{name}": float(value) for name, value in pooled.items()}
 
 
@@ -919,374 +940,367 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """GradScaler, which skips a step with bad gradients without asking the GPU; outside float16 its scale stays 1."""
-    float16 = amp_dtype(precision, device) == torch.float16
-    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if float16 else 1.0)
-
-
-class RunningStatistics:
-    """BatchNorm's buffers, remembered before a step: the forward pass changes them before anyone sees its result."""
-
-    def __init__(self, model: torch.nn.Module):
-        buffers = list(model.buffers())
-        self.groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in {b.dtype for b in buffers}]
-
-    def flat(self) -> list[torch.Tensor]:
-        """One flat copy for each dtype: a few kernels, where one for each buffer would be hundreds in every step."""
-        return [torch.cat([buffer.reshape(-1) for buffer in group]) for group in self.groups]
-
-    def remember(self) -> None:
-        self.saved = self.flat()
-
-    def restore(self, bad: torch.Tensor) -> None:
-        """Put the remembered values back where bad (bool, on the device) is true. No lerp: NaN would stay NaN."""
-        for group, saved, current in zip(self.groups, self.saved, self.flat()):
-            parts = torch.where(bad, saved, current).split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group)])
-
-
-class MemoryLimit:
-    """The most images per forward pass: no limit until memory runs out, then half of what was tried."""
-
-    images = math.inf
-
-    def run(self, work, images: int, undo=None):
-        """The result of work(size), size being the most images per pass; repeated with half if memory runs out.
-
-        undo: what to do before a repetition. Raises TrainerError when repeating cannot help.
-        """
-        while True:
-            size = int(min(self.images, images))
-            try:
-                return work(size)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = one_line(error)
-            # Leaving the block has let go of the failed pass and its graph.
-            if world_size() > 1:
-                raise TrainerError(f"memory ran out ({reason}), and several processes cannot repeat a step. {GO_ON} "
-                                   "What helps: a smaller BATCH_SIZE with more ACCUMULATION_STEPS", 1)
-            if size == 1:
-                raise TrainerError(f"there is too little memory for a single image ({reason}). What helps: a smaller "
-                                   "IMG_SIZE; a smaller ENCODER, e.g. resnet18; closing other programs on the GPU; "
-                                   "--device cpu (slow)", 1)
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            self.images = (size + 1) // 2
-            if undo:
-                undo()
-            warn(f"out of memory ({reason}): from now on at most {self.images} image(s) per forward pass. Every image "
-                 "weighs as much as before, but BatchNorm sees smaller batches. A smaller BATCH_SIZE avoids this.")
-
-
-def forward_backward(model, group: list, images_in_step: torch.Tensor, criterion, scaler, cfg: Settings,
-                     device: torch.device, size: int) -> torch.Tensor:
-    """Add up the gradients of a group of batches, at most size images at a time. Returns the loss, a mean over images.
-
-    A function of its own: when memory runs out, leaving it lets go of the graph.
-    """
-    loss = torch.zeros((), device=device)
-    parts = [(images[i:i + size], masks[i:i + size]) for images, masks in group for i in range(0, len(images), size)]
-    for number, (images, masks) in enumerate(parts, 1):
-        exchange = world_size() == 1 or number == len(parts)  # several processes exchange gradients once per step
-        with contextlib.nullcontext() if exchange else model.no_sync():
-            with autocast(cfg.PRECISION, device):
-                logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
-            # Weighted like this, the parts add up to the mean over the images of the step.
-            part = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
-            # A loss that is not finite has to spoil every gradient: then GradScaler leaves the whole step out.
-            part = part * torch.where(part.detach().isfinite(), 1.0, math.nan)
-            scaler.scale(part * world_size()).backward()  # DistributedDataParallel takes the mean
-        loss += part.detach()
-    return loss
+    """GradScaler for float16, whose small gradients would become zero; for other dtypes it is disabled."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype(precision, device) == torch.float16)
 
 
 def train_one_epoch(model: torch.nn.Module, loader, criterion, optimizer: torch.optim.Optimizer,
                     scaler: torch.amp.GradScaler, device: torch.device, *, cfg: Settings | None = None,
-                    limit: MemoryLimit | None = None, epoch: int = 0, after_step=None) -> dict[str, float]:
+                    epoch: int = 0, after_step=None) -> float:
     """One pass over the loader's (images, masks) batches; see to_input() and to_target() for their types.
 
     criterion: (logits, targets) to a mean over images. scaler: of make_scaler(). after_step: called after each step.
     cfg: ACCUMULATION_STEPS, GRAD_CLIP, PRECISION, MEAN and STD are used (default: the constants).
-    Returns train_loss (mean over images; NaN if too many steps were dropped to go on) and dropped (steps left out
-    because a number was not finite). Raises Interrupted, and TrainerError when memory cannot suffice.
+    Returns the training loss, a mean over images; it is not finite if any batch's loss was not. Raises Interrupted.
     """
-    cfg, device, limit = cfg or default_settings(), torch.device(device), limit or MemoryLimit()
-    float16, statistics = amp_dtype(cfg.PRECISION, device) == torch.float16, RunningStatistics(model)
-    if not scaler.is_enabled():  # as other code has it outside float16; only an enabled one leaves bad steps out
-        scaler = make_scaler("float32", device)
+    cfg, device = cfg or default_settings(), torch.device(device)
     # Sums stay on the device: reading them in every step would make the processor wait for the GPU.
-    loss_sum, images_seen, dropped = torch.zeros(3, device=device).unbind()
-    always = torch.ones((), dtype=torch.bool, device=device)
+    loss_sum, images_seen = torch.zeros(2, device=device).unbind()
+    batches = iter(loader)
     model.train()
-    steps, batches = math.ceil(len(loader) / cfg.ACCUMULATION_STEPS), iter(loader)
-    for _ in progress(range(steps), f"Epoch {epoch + 1}: training"):
+    for _ in progress(range(math.ceil(len(loader) / cfg.ACCUMULATION_STEPS)), f"Epoch {epoch + 1}: training"):
         group = list(itertools.islice(batches, cfg.ACCUMULATION_STEPS))  # the last one may be shorter
         images_in_step = torch.full((), float(sum(len(images) for images, _ in group)), device=device)
         if world_size() > 1:
             dist.all_reduce(images_in_step)
-        statistics.remember()
-        loss = limit.run(
-            functools.partial(forward_backward, model, group, images_in_step, criterion, scaler, cfg, device),
-            max(len(images) for images, _ in group), lambda: (optimizer.zero_grad(), statistics.restore(always)))
+        for number, (images, masks) in enumerate(group, 1):
+            synchronize = world_size() == 1 or number == len(group)  # processes exchange gradients once per step
+            with contextlib.nullcontext() if synchronize else model.no_sync():
+                with autocast(cfg.PRECISION, device):
+                    logits = model(to_input(images, device, cfg.MEAN, cfg.STD))
+                # Weighted by its images, so that the batches of a step add up to the mean over the step's images.
+                loss = criterion(logits.float(), to_target(masks, device)) * (len(images) / images_in_step)
+                scaler.scale(loss * world_size()).backward()  # DistributedDataParallel averages over processes
+            loss_sum += loss.detach() * images_in_step
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
-        scaler.step(optimizer)  # leaves the weights as they are if a gradient is not finite
-        scaler.update(None if float16 else 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-        # The optimizer is done; what is left of a bad step are BatchNorm's statistics, and counting it. In float16
-        # GradScaler tries how far it can go: a step that only its scale has spoilt is not counted.
-        bad = ~norm.isfinite()
-        statistics.restore(bad)
-        bad = bad & ~loss.isfinite() if float16 else bad
-        dropped, images_seen = dropped + bad, images_seen + torch.where(bad, 0, images_in_step)
-        loss_sum = loss_sum + torch.where(bad, 0, loss * images_in_step)
+        images_seen += images_in_step
         if after_step:
             after_step()
-    sums = gather([float(value) for value in (loss_sum, images_seen, dropped)])
-    images, dropped = sums[0][1], int(max(part[2] for part in sums))  # every process counts all images of a step
-    hopeless = dropped > steps / 2 or float16 and scaler.get_scale() < 1  # no scale at which float16 works
-    return {"train_loss": math.nan if hopeless else sum(part[0] for part in sums) / images, "dropped": dropped}
+    return sum(gather(float(loss_sum))) / float(images_seen)  # every process has counted all images of a step
 
 
 @torch.inference_mode()
-def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *, cfg: Settings | None = None,
-             limit: MemoryLimit | None = None) -> dict[str, float]:
+def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *,
+             cfg: Settings | None = None) -> dict[str, float]:
     """Loss and scores at threshold 0.5 and the network's image size.
 
     Returns valid_loss (mean over images) and summarize() of all images of all processes, none counted twice.
     """
-    cfg, device, limit = cfg or default_settings(), torch.device(device), limit or MemoryLimit()
+    cfg, device = cfg or default_settings(), torch.device(device)
     model.eval()
-
-    def forward(size):  # in evaluation, images do not see each other
-        with autocast(cfg.PRECISION, device):
-            return torch.cat([model(to_input(images[i:i + size], device, cfg.MEAN, cfg.STD)).float()
-                              for i in range(0, len(images), size)])
-
     found = []
     for images, masks in progress(loader, "Validation"):
-        logits, targets = limit.run(forward, len(images)), to_target(masks, device)
+        with autocast(cfg.PRECISION, device):
+            logits = model(to_input(images, device, cfg.MEAN, cfg.STD)).float()
+        targets = to_target(masks, device)
         loss = criterion(logits, targets).double().expand(len(images))  # the batch's mean, once for each of its images
-        found.append({"valid_loss": loss} | score_images(logits.sigmoid(), targets))
+        found.append({"valid_loss": loss} | image_metrics(logits.sigmoid(), targets))
     found = sum(gather([{name: values.cpu() for name, values in scores.items()} for scores in found]), [])
     return summarize({name: torch.cat([scores[name] for scores in found]) for name in found[0]})
 
 
-# ===== The run, epoch by epoch ========================================================================================
+# ===== Training, epoch by epoch =======================================================================================
 
 
-class Run:
-    """Everything that changes while a model is trained."""
+def build_optimizer(model: torch.nn.Module, cfg: Settings, weights_from: str) -> torch.optim.Optimizer:
+    """AdamW with one learning rate for pretrained weights, and a larger one for randomly initialised ones.
 
-    PLAIN = ("epoch", "waited", "best_epoch", "best_dice", "history", "reverted", "weights_from", "fingerprint")
-    STATEFUL = ("model", "average", "optimizer", "warmup", "plateau", "scaler")
+    weights_from: "checkpoint ..." if all weights are pretrained, "random ..." if none is; otherwise the encoder's are.
+    """
+    encoder_lr = cfg.LR_FROM_SCRATCH if weights_from.startswith("random") else cfg.LR
+    decoder_lr = cfg.LR if weights_from.startswith("checkpoint") else cfg.LR_FROM_SCRATCH
+    encoder = [weight for name, weight in model.named_parameters() if name.startswith("encoder.")]
+    decoder = [weight for name, weight in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": encoder, "lr": encoder_lr}, {"params": decoder, "lr": decoder_lr}]
+    # Fused: one kernel for all parameters, which skips a step with bad gradients (float16) without asking the GPU.
+    return torch.optim.AdamW(groups, decoder_lr, weight_decay=cfg.WEIGHT_DECAY, fused=True)
 
-    def __init__(self, cfg: Settings, device: torch.device, fingerprint: str, steps_per_epoch: int, state: dict | None):
-        """fingerprint: of the data. state: from read_last() to go on, or None to start."""
+
+def build_schedulers(optimizer: torch.optim.Optimizer, cfg: Settings) -> tuple:
+    """(LinearLR for the warm-up, stepped after each step; ReduceLROnPlateau, stepped with the Dice of each epoch)."""
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, cfg.WARMUP_STEPS), total_iters=cfg.WARMUP_STEPS)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=cfg.PLATEAU_FACTOR,
+                                                         patience=cfg.PLATEAU_PATIENCE, threshold=0)
+    return warmup, plateau
+
+
+class Trainer:
+    """Model, EMA, optimizer, schedulers, GradScaler and history: everything that changes while a model is trained."""
+
+    PLAIN = ("epoch", "epochs_without_improvement", "best_epoch", "best_dice", "best_weights", "history",
+             "weights_from", "fingerprint")
+    STATEFUL = ("model", "ema", "optimizer", "warmup", "plateau", "scaler")
+
+    def __init__(self, cfg: Settings, device: torch.device, fingerprint: str, steps_per_epoch: int,
+                 state: dict | None = None):
+        """fingerprint: of the data. state: of an earlier Trainer's state(), to continue with, or None to start."""
         self.cfg, self.device, self.fingerprint = cfg, device, fingerprint
-        self.epoch = self.waited = self.best_epoch = 0  # finished epochs; epochs since the best one; the best one
-        self.best_dice, self.history, self.reverted = -1.0, [], False
+        self.epoch = self.epochs_without_improvement = self.best_epoch = 0  # epochs are counted from 1
+        self.best_dice, self.best_weights, self.history = -1.0, {}, []
         torch.manual_seed(cfg.SEED)
-        given = state or cfg.INIT_WEIGHTS  # all weights: those of the encoder need not be downloaded
-        model, origin = build_model(cfg.ENCODER, None if given else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
+        pretrained = state or cfg.INIT_WEIGHTS  # then the encoder's weights need not be downloaded
+        model, origin = build_model(cfg.ENCODER, None if pretrained else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
         self.weights_from = gather(origin)[0]  # DistributedDataParallel copies the first process's weights to all
         if cfg.INIT_WEIGHTS and not state:
-            weights = read_weights(cfg.INIT_WEIGHTS)
-            load_weights(model, weights.get("average", weights), cfg.INIT_WEIGHTS)
+            weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
+            load_weights(model, weights.get("ema", weights.get("average", weights)), cfg.INIT_WEIGHTS)
             self.weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
         model.to(device, memory_format=memory_format(device))
         if world_size() > 1 and device.type == "cuda":  # BatchNorm sees the whole batch, not each GPU's part
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = self.parallel = model
+        self.model = self.parallel_model = model
         if world_size() > 1:
             ids = [device] if device.type == "cuda" else None
-            self.parallel = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
-            self.parallel.broadcast_buffers = False  # share_statistics() does, once per epoch
-        self.average = copy.deepcopy(model).requires_grad_(False)
-        self.averaged, self.current = ([value for value in net.state_dict().values() if value.is_floating_point()]
-                                       for net in (self.average, model))
-        self.decay = 1 - 1 / max(1.0, cfg.AVERAGE_EPOCHS * steps_per_epoch)  # 0: the average is the last weights
-        encoder_lr = cfg.LR_RANDOM_START if self.weights_from.startswith("random") else cfg.LR
-        lr = cfg.LR if self.weights_from.startswith("checkpoint") else cfg.LR_RANDOM_START  # of all the rest
-        parts = {True: [], False: []}
-        for name, weight in model.named_parameters():
-            parts[name.startswith("encoder.")].append(weight)
-        # Fused: one kernel for all parameters, and it can skip a bad step without asking the GPU.
-        self.optimizer = torch.optim.AdamW([{"params": parts[True], "lr": encoder_lr}, {"params": parts[False]}], lr,
-                                           weight_decay=cfg.WEIGHT_DECAY, fused=True)
-        self.warmup = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / max(1, cfg.WARMUP_STEPS),
-                                                        total_iters=cfg.WARMUP_STEPS)
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, mode="max", factor=cfg.PLATEAU_FACTOR, patience=cfg.PLATEAU_PATIENCE, threshold=0)
-        self.scaler, self.limit = make_scaler(cfg.PRECISION, device), MemoryLimit()
+            self.parallel_model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            self.parallel_model.broadcast_buffers = False  # sync_batchnorm_statistics() does it, once per epoch
+        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.ema_values, self.model_values = (
+            [value for value in net.state_dict().values() if value.is_floating_point()] for net in (self.ema, model))
+        self.ema_decay = 1 - 1 / max(1.0, cfg.EMA_EPOCHS * steps_per_epoch)  # 0: the EMA is the last weights
+        self.optimizer = build_optimizer(model, cfg, self.weights_from)
+        self.warmup, self.plateau = build_schedulers(self.optimizer, cfg)
+        self.scaler = make_scaler(cfg.PRECISION, device)
+        self.saved_best_epoch, self.plotted = 0, -math.inf  # what save_run() has written: which epoch, and when
         if state:
-            self.load(state)
-        else:
-            say(f"Learning rate {encoder_lr:g} for the encoder, whose weights are: {self.weights_from}; {lr:g} for the "
-                "rest of the network.")
+            self.load_state(state)
         if cfg.COMPILE:
             model.compile()  # in place: the names of the weights stay as they are
-            self.average.compile()
+            self.ema.compile()
 
-    def fit(self, loaders: dict, criterion, writer: CheckpointWriter) -> None:
-        """Train until EPOCHS, or until EARLY_STOPPING ends it. Raises TrainerError and Interrupted."""
-        cfg, images = self.cfg, len(loaders["train"].dataset)
-        first_epoch, started = self.epoch, time.perf_counter()
-        previous = started
-        while self.epoch < cfg.EPOCHS and not (cfg.EARLY_STOPPING and self.waited >= cfg.EARLY_STOPPING):
+    def fit(self, loaders: dict, criterion, save) -> None:
+        """Train until EPOCHS or early stopping; save() after the last epoch, and when SAVE_SECONDS have passed.
+
+        Raises FloatingPointError, TrainerError, Interrupted, and what PyTorch raises when memory runs out.
+        """
+        cfg, first_epoch, started = self.cfg, self.epoch, time.perf_counter()
+        previous = saved = started
+        while not self.finished():
             began = time.perf_counter()
             loaders["train"].batch_sampler.set_epoch(self.epoch)
             torch.manual_seed(int(np.random.default_rng([cfg.SEED, self.epoch]).integers(2**63)))  # for dropout
-            trained = train_one_epoch(self.parallel, loaders["train"], criterion, self.optimizer, self.scaler,
-                                      self.device, cfg=cfg, limit=self.limit, epoch=self.epoch,
-                                      after_step=self.after_step)
-            speed = images / (time.perf_counter() - began)
-            self.share_statistics()
-            scores = validate(self.average, loaders["valid"], criterion, self.device, cfg=cfg, limit=self.limit)
-            if not math.isfinite(trained["train_loss"] + scores["valid_loss"]):
-                writer.wait()
-                gather("the state is written")  # all processes have to come here before one of them reads it
-                self.revert(writer.output, f"epoch {self.epoch + 1}: the loss or its gradient is not finite "
-                            f"({trained['dropped']} steps dropped, validation loss {scores['valid_loss']:.4g})")
-                continue
-            lr = self.optimizer.param_groups[1]["lr"]  # that of the decoder
-            self.plateau.step(scores["dice"])
-            self.epoch += 1
-            improved = scores["dice"] > self.best_dice
-            self.waited = 0 if improved else self.waited + 1
-            if improved:
-                self.best_dice, self.best_epoch = scores["dice"], self.epoch
-            now = time.perf_counter()  # the time from line to line holds everything, saving too
-            self.history.append({"epoch": self.epoch, **trained, **scores, "lr": lr,
-                                 "images_per_second": round(speed, 2), "seconds": round(now - previous, 2)})
+            train_loss = train_one_epoch(self.parallel_model, loaders["train"], criterion, self.optimizer, self.scaler,
+                                         self.device, cfg=cfg, epoch=self.epoch, after_step=self.after_step)
+            speed = len(loaders["train"].dataset) / (time.perf_counter() - began)
+            self.sync_batchnorm_statistics()
+            scores = validate(self.ema, loaders["valid"], criterion, self.device, cfg=cfg)
+            self.check_finite(train_loss, scores["valid_loss"])
+            improved = self.end_epoch(train_loss, scores)
+            now = time.perf_counter()  # the time from row to row includes everything, saving too
+            self.history[-1] |= {"images_per_second": round(speed, 2), "seconds": round(now - previous, 2)}
             previous = now
-            if rank() == 0:
-                writer.wait()
-                writer.start(self.state())
+            if rank() == 0 and (self.finished() or now - saved >= cfg.SAVE_SECONDS):
+                save()
+                saved = time.perf_counter()
             left = (now - started) / (self.epoch - first_epoch) * (cfg.EPOCHS - self.epoch)
-            say(epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved))
+            log(epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved))
         if self.epoch < cfg.EPOCHS:
-            say(f"Stopped early: no better validation Dice for {self.waited} epochs (EARLY_STOPPING).")
+            log(f"Stopped early: no better validation Dice for {self.epochs_without_improvement} epochs "
+                "(EARLY_STOPPING_PATIENCE).")
+
+    def finished(self) -> bool:
+        """Whether all epochs are done, or early stopping ends the run."""
+        patience = self.cfg.EARLY_STOPPING_PATIENCE
+        return self.epoch >= self.cfg.EPOCHS or 0 < patience <= self.epochs_without_improvement
 
     def after_step(self) -> None:
-        """Let the warm-up and the moving average of weights and running statistics follow a training step."""
+        """Update the warm-up and the EMA of weights and running statistics after a training step."""
         self.warmup.step()
         steps = self.warmup.last_epoch
-        # At first the average is over few steps (as in TensorFlow's ExponentialMovingAverage); a fixed decay would keep
-        # the random start for too long.
-        decay = min(self.decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(self.averaged, self.current, 1 - decay)
+        # At first the EMA is over few steps (as in TensorFlow's ExponentialMovingAverage): with a constant decay, the
+        # initial weights would stay in it for too long.
+        decay = min(self.ema_decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(self.ema_values, self.model_values, 1 - decay)
 
-    def share_statistics(self) -> None:
-        """Give all processes the running statistics of the first, which the checkpoint will hold."""
-        for averaged, own in zip(self.average.buffers(), self.model.buffers()):
-            if not own.is_floating_point():  # BatchNorm counts its batches; the average has only the other numbers
-                averaged.copy_(own)
+    def sync_batchnorm_statistics(self) -> None:
+        """Give all processes the first one's running statistics, which are those that are saved."""
+        for averaged, current in zip(self.ema.buffers(), self.model.buffers()):
+            if not current.is_floating_point():  # BatchNorm's count of batches, of which there is no average
+                averaged.copy_(current)
             if world_size() > 1:
                 dist.broadcast(averaged, 0)
 
-    def state(self) -> dict:
-        """A snapshot of everything: tensors on the CPU and plain values only, so that it can be read safely."""
-        return to_cpu({name: getattr(self, name) for name in self.PLAIN}
-                      | {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-                      | {"format": FORMAT, "settings": vars(self.cfg)})
+    def check_finite(self, train_loss: float, valid_loss: float) -> None:
+        """Raise FloatingPointError unless losses, weights and optimizer state are finite; so nothing else is saved."""
+        values = itertools.chain(self.model.parameters(), self.ema.state_dict().values(),
+                                 *(moments.values() for moments in self.optimizer.state.values()))
+        if not math.isfinite(train_loss + valid_loss):
+            reason = f"the loss is not finite (training {train_loss:.4g}, validation {valid_loss:.4g})"
+        elif self.scaler.get_scale() < 1:
+            reason = "gradients overflow float16 at every scale"
+        elif not all(bool(value.sum().isfinite()) for value in values):  # NaN and infinity spoil a sum
+            reason = "weights or optimizer state are not finite"
+        else:
+            return
+        raise FloatingPointError(f"epoch {self.epoch + 1}: {reason}")
 
-    def load(self, state: dict) -> None:
-        """Go on from a state. Raises TrainerError when it belongs to other data."""
+    def end_epoch(self, train_loss: float, scores: dict[str, float]) -> bool:
+        """Add an epoch to the history; reduce the learning rate on a plateau. Returns whether it is the best epoch."""
+        self.epoch += 1
+        self.history.append({"epoch": self.epoch, "train_loss": train_loss, **scores,
+                             "lr": self.optimizer.param_groups[1]["lr"]})  # the decoder's, which the epoch ended with
+        self.plateau.step(scores["dice"])
+        self.epochs_without_improvement += 1
+        if scores["dice"] <= self.best_dice:
+            return False
+        self.best_dice, self.best_epoch, self.epochs_without_improvement = scores["dice"], self.epoch, 0
+        if rank() == 0:
+            self.best_weights = portable_weights(self.ema)
+        return True
+
+    def state(self) -> dict:
+        """Everything that is needed to continue: tensors and plain values only, so that it can be read safely."""
+        return ({name: getattr(self, name) for name in self.PLAIN}
+                | {name: getattr(self, name).state_dict() for name in self.STATEFUL})
+
+    def load_state(self, state: dict) -> None:
+        """Continue from a state. Raises TrainerError when it belongs to other data."""
         if state["fingerprint"] != self.fingerprint:
-            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; bring the data "
-                               "back, or start a new run in another OUTPUT_DIR")
+            raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; restore the "
+                               "data, or start a new run in another OUTPUT_DIR")
         for name in self.PLAIN:
             setattr(self, name, state[name])
         for name in self.STATEFUL:
-            if name in ("model", "average"):
+            if name in ("model", "ema"):
                 load_weights(getattr(self, name), state[name], LAST)
-            elif name != "scaler" or (state[name]["scale"] == 1) == (self.scaler.get_scale() == 1):
-                getattr(self, name).load_state_dict(state[name])  # a scale must not pass between precisions
-        # A fused optimizer walks through weights and moments side by side: in different formats it would mix them up.
+            elif name != "scaler" or state[name] and self.scaler.is_enabled():  # a disabled scaler has no state
+                getattr(self, name).load_state_dict(state[name])
+        # A fused optimizer walks through weights and moments side by side: they need the same memory format.
         for weight, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(weight).copy_(moments[name])
 
-    def revert(self, output: Path, why: str) -> None:
-        """Back to the last saved state, and on in float32. Raises TrainerError in float32: it would happen again."""
-        if amp_dtype(self.cfg.PRECISION, self.device) == torch.float32:
-            raise TrainerError(f"{why}, in float32{' too' * self.reverted}. The best model so far is kept. Look at "
-                               "training_samples.png for damaged data, or try a smaller LR.", 1)
-        self.load(read_weights(output / LAST))
-        self.reverted, self.cfg.PRECISION = True, "float32"
-        self.scaler = make_scaler("float32", self.device)
-        warn(f"{why}. Going back to the end of epoch {self.epoch} and on in float32, which is slower but safe.")
-
 
 def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> str:
     """The line that is printed for an epoch. scores: of validate()."""
-    return (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train_loss {row['train_loss']:.4f}  {in_words(scores)}"
-            f"  lr {row['lr']:.1e}  {row['images_per_second']:6.1f} img/s  {row['seconds']:6.1f} s  left {left}"
-            + (f"  dropped {row['dropped']}" if row["dropped"] else "") + ("  * best" if improved else ""))
+    return (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train_loss {row['train_loss']:.4f}  "
+            f"{format_metrics(scores)}  lr {row['lr']:.1e}  {row['images_per_second']:6.1f} img/s  "
+            f"{row['seconds']:6.1f} s  left {left}" + ("  * best" if improved else ""))
 
 
-def in_words(scores: dict[str, float]) -> str:
+def format_metrics(scores: dict[str, float]) -> str:
     """Mean scores for a printed line; of the pooled ones only Dice."""
     return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
                      if name == "pooled_dice" or not name.startswith("pooled_"))
 
 
-def train(cfg: Settings, resume: bool) -> None:
-    """Train, keep the best model, then evaluate it."""
+def train(cfg: Settings, resume: bool, requested: dict) -> None:
+    """Train, keep the best model, then evaluate it. requested: the settings before any safer one, for the state."""
     device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
-    state = read_last(cfg) if resume else None
-    if state and state["reverted"]:
-        cfg.PRECISION = "float32"
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
+    if resume:
+        file = vars(default_settings())
+        differs = [f"{name} = {value!r} (file: {file[name]!r})" for name, value in vars(cfg).items()
+                   if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR")]
+        log(f"Settings of this run that differ from the file: {', '.join(differs) or 'none'}")
     STOP.saved = resume
-    with held_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
-        loaders = {}
-        for name in ("train", "valid"):
-            dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
-                                        records=splits[name].records, cache=cache)
-            loaders[name] = make_loader(dataset, cfg, train=name == "train")
-        steps_per_epoch = math.ceil(len(loaders["train"]) / cfg.ACCUMULATION_STEPS)
-        run = Run(cfg, device, fingerprint(splits), steps_per_epoch, state)
-        with CheckpointWriter(output, describe_run(cfg, device, splits, run.weights_from)) as writer:
-            if state:
-                best = f"; best validation Dice {run.best_dice:.4f} (epoch {run.best_epoch})" if run.epoch else ""
-                say(f"Going on after epoch {run.epoch}{best}.")
-                if run.epoch >= cfg.EPOCHS:
-                    say(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train on.")
-                elif state["settings"]["EPOCHS"] < cfg.EPOCHS and 0 < cfg.EARLY_STOPPING <= run.waited:
-                    run.waited = 0  # it had stopped early, and more epochs are asked for
-                writer.repair(state)
-                state = None  # as large as the run itself
-            elif rank() == 0:
-                keep_earlier_run(output)
-                plot_samples(output / "training_samples.png", loaders["train"].dataset)
-                writer.write(run.state())  # before workers are forked, and so that there is a state to go back to
-            STOP.saved = True
-            run.fit(loaders, LOSSES[cfg.LOSS], writer)
-        if rank() == 0 and run.history:
-            plot_history(output / "training_history.png", run.history)
-        say(f"Best validation Dice {run.best_dice:.4f} in epoch {run.best_epoch} ({cfg.IMG_SIZE} px, threshold 0.5).")
-        gather("the best model is written")  # all processes have to come here before one of them reads it
-        del loaders, run  # ends the workers and frees the GPU before the evaluation
-        evaluate_checkpoint(cfg, output / BEST, splits, cache)
-    say(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
+    with locked_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
+        while failure := run_epochs(cfg, device, splits, cache, resume, requested):
+            choose_safer_setting(cfg, device, *failure)
+            resume = True
+            gc.collect()
+            torch._dynamo.reset()  # drops what COMPILE holds on to
+            torch.cuda.empty_cache()
+        end_processes()
+        if rank() == 0:
+            evaluate_checkpoint(cfg, output / BEST, splits, cache)
+    log(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
         "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
 
 
+def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], cache: PixelCache | None, resume: bool,
+               requested: dict) -> tuple[str, bool] | None:
+    """Build the trainer, from the saved state if resume, and train to the end.
+
+    Returns None, or (reason, whether memory ran out) if the same may succeed with a safer setting. A function of its
+    own: when it returns, trainer, loaders and workers are gone, and the next try finds their memory free.
+    """
+    output, loaders = Path(cfg.OUTPUT_DIR), {}
+    for name in ("train", "valid"):
+        dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
+                                    entries=splits[name].entries, cache=cache)
+        loaders[name] = make_loader(dataset, cfg, train=name == "train")
+    steps_per_epoch = math.ceil(len(loaders["train"]) / cfg.ACCUMULATION_STEPS)
+    state = read_state(output) if resume else None
+    trainer = Trainer(cfg, device, fingerprint(splits), steps_per_epoch, state)
+    if state:
+        best = f"; best validation Dice {trainer.best_dice:.4f} (epoch {trainer.best_epoch})" if trainer.epoch else ""
+        log(f"Continuing after epoch {trainer.epoch}{best}.")
+        if trainer.epoch >= cfg.EPOCHS:
+            log(f"All {cfg.EPOCHS} epochs are done; raise EPOCHS to train longer.")
+        elif trainer.finished() and state["settings"]["used"]["EPOCHS"] < cfg.EPOCHS:
+            trainer.epochs_without_improvement = 0  # it had stopped early, and the user asks for more epochs
+    else:
+        encoder, rest = (group["initial_lr"] for group in trainer.optimizer.param_groups)
+        log(f"Learning rate {encoder:g} for the encoder (weights: {trainer.weights_from}), {rest:g} for the decoder.")
+        if rank() == 0:
+            archive_earlier_run(output)  # not earlier: INIT_WEIGHTS may be one of its files
+            plot_samples(output / "training_samples.png", loaders["train"].dataset)
+    del state  # as large as the trainer itself
+    save = functools.partial(save_run, trainer, describe_run(cfg, device, splits, trainer.weights_from), requested)
+    if rank() == 0:
+        save()  # a state to return to, with the settings that are used; and whatever a kill has left unwritten
+    STOP.saved = True
+    try:
+        trainer.fit(loaders, LOSSES[cfg.LOSS], save)
+    except Exception as error:
+        if not isinstance(error, FloatingPointError) and not is_out_of_memory(error):
+            raise
+        return one_line(error), is_out_of_memory(error)
+    log(f"Best validation Dice {trainer.best_dice:.4f} in epoch {trainer.best_epoch} "
+        f"({cfg.IMG_SIZE} px, threshold 0.5).")
+    return None
+
+
+def choose_safer_setting(cfg: Settings, device: torch.device, reason: str, out_of_memory: bool) -> None:
+    """After a failure: float32, or smaller batches with as many images per step.
+
+    Raises TrainerError if neither is left, or if there are several processes, which cannot go back together.
+    """
+    if out_of_memory:
+        reason = f"memory ran out ({reason})"
+        sizes = [size for size in range(world_size(), cfg.BATCH_SIZE // 2 + 1) if cfg.BATCH_SIZE % size == 0]
+        if not sizes:
+            raise TrainerError(f"{reason} with BATCH_SIZE = {cfg.BATCH_SIZE}, which cannot be made smaller. What "
+                               "helps: a smaller IMG_SIZE; a smaller ENCODER, e.g. resnet18; closing other programs "
+                               "on the GPU; --device cpu (slow)", 1)
+        times = cfg.BATCH_SIZE // sizes[-1]
+        safer = {"BATCH_SIZE": sizes[-1], "ACCUMULATION_STEPS": times * cfg.ACCUMULATION_STEPS}
+    else:
+        if amp_dtype(cfg.PRECISION, device) == torch.float32 and rank() == 0:
+            best = Path(cfg.OUTPUT_DIR) / BEST
+            start = f"from the best model so far: --init-weights \"{best}\"" if best.is_file() else "with"
+            raise TrainerError(f"{reason}, in float32, and it would happen again. Look at training_samples.png for "
+                               "damaged data, or start a new run with a smaller learning rate "
+                               f"{start} --lr {cfg.LR / 10:g} --output-dir NEW_FOLDER", 1)
+        safer = {"PRECISION": "float32"}
+    if world_size() > 1:
+        if rank() and not out_of_memory:  # all processes find the same; the first one says it
+            sys.exit(1)
+        flags = " ".join(f"{flag_name(name)} {value}" for name, value in safer.items())
+        raise TrainerError(f"{reason}. To continue after the last saved epoch with a safer setting, add to the same "
+                           f"command: --resume {flags}", 1)
+    vars(cfg).update(safer)
+    warn(f"{reason}.\nReturning to the last saved state, and continuing with "
+         + ", ".join(f"{name} = {value}" for name, value in safer.items())
+         + (".\nEvery image weighs as much as before, but BatchNorm sees smaller batches." if out_of_memory else "."))
+
+
 def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], weights_from: str) -> dict:
-    """The record of a run, for the JSON beside its best model: what other code needs, and where it comes from."""
+    """The JSON beside the best model: what other code needs to use it, and how it was made."""
     modules = (torch, torchvision, smp, A, cv2, np, matplotlib)
     return {
-        "architecture": cfg.ARCHITECTURE, "encoder": cfg.ENCODER, **prediction_settings(cfg), "settings": vars(cfg),
+        "architecture": cfg.ARCHITECTURE, "encoder": cfg.ENCODER, **prediction_settings(cfg),
+        "settings": dict(vars(cfg)),
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
         "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
-        "data_counts": {name: {"images": len(split.records), "annotations": split.annotations,
-                               "without_tumour": sum(not row.rles for row in split.records),
-                               "skipped": split.skipped, "look_like_train": split.like_train}
+        "data_counts": {name: {"images": len(split.entries), "annotations": split.annotations,
+                               "without_tumour": sum(entry.rle is None for entry in split.entries),
+                               "skipped": split.skipped, "near_duplicates": split.near_duplicates}
                         for name, split in splits.items()}}
 
 
@@ -1295,119 +1309,61 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
              "test_metrics.csv", "test_predictions.png", LAST)
-FORMAT = 3  # of the state in LAST
-SECONDS_BETWEEN_PLOTS = 10.0  # drawing takes as long as a short epoch
-# A resumed run may differ from the saved one in these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
-RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE", "DETERMINISTIC",
-                     "CACHE_GB", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE", "ACCUMULATION_STEPS", "ENCODER_WEIGHTS",
-                     "INIT_WEIGHTS", "SKIP_BAD_IMAGES", "TEST_TIME_AUGMENTATION")
+FORMAT = 4  # of the state in LAST
+PLOT_SECONDS = 300.0  # between two plots of the history, which take as long as a short epoch
+# A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
+RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING_PATIENCE", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE",
+                     "DETERMINISTIC", "CACHE_GB", "SAVE_SECONDS", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
+                     "ACCUMULATION_STEPS", "ENCODER_WEIGHTS", "INIT_WEIGHTS", "SKIP_BAD_IMAGES",
+                     "TEST_TIME_AUGMENTATION")
 
 
-def to_cpu(value):
-    """A copy of nested dicts and lists with every tensor on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    return [to_cpu(item) for item in value] if isinstance(value, list) else value
+def portable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state_dict that loads anywhere: on the CPU, float32, contiguous."""
+    return {name: value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True,
+                           memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
-class CheckpointWriter:
-    """Writes what an epoch leaves, in one background thread behind the work of the next epoch.
+def save_run(trainer: Trainer, metadata: dict, requested: dict) -> None:
+    """Write the state, and then what follows from it: best weights, their JSON, table and, now and then, the plot.
 
-    It sees CPU tensors only. The order of writing is one that repair() can mend: the state, the best weights, the JSON
-    with their digest, then table and plot. One state is under way at a time: a kill costs the epoch that runs and, at
-    most, the one before. What goes wrong in the thread is raised by the next wait().
+    metadata: of describe_run(). requested: the settings before any safer one. Each file is replaced as a whole. The
+    state holds the best weights too: after a kill between any two files, the first save of the resumed run, which
+    writes all of them, mends the rest. Raises TrainerError; what was saved before is unharmed.
     """
-
-    def __init__(self, output: Path, record: dict):
-        """record: of the run, for the JSON."""
-        self.output, self.record = output, record
-        self.thread = self.error = None
-        self.plotted = -math.inf  # when, on time.monotonic()'s clock
-
-    def write(self, state: dict) -> None:
-        """Write a state and what belongs to it. Raises TrainerError; files that are not written stay as they were."""
-        tensors = itertools.chain(state["model"].values(), state["average"].values(),
-                                  *(moments.values() for moments in state["optimizer"]["state"].values()))
-        # NaN and infinity spoil a sum; looking at each number takes ten times as long. NumPy, because PyTorch would
-        # start more threads beside training's; it knows no bfloat16.
-        if not all(np.isfinite(tensor.float().numpy().sum()) for tensor in tensors):
-            raise TrainerError(f"the model holds numbers that are not finite, and was not saved. {GO_ON}", 1)
-        write_file(self.output / LAST, lambda file: torch.save(state, file), required=True)
-        if state["epoch"] and state["epoch"] == state["best_epoch"]:
-            self.write_best(state)
-        if state["history"]:
-            write_table(self.output / "training_history.csv", state["history"])
-            if time.monotonic() - self.plotted > SECONDS_BETWEEN_PLOTS:
-                plot_history(self.output / "training_history.png", state["history"])
-                self.plotted = time.monotonic()
-
-    def write_best(self, state: dict) -> None:
-        """The averaged weights of a state as best model, and the JSON that describes them."""
+    cfg, output = trainer.cfg, Path(trainer.cfg.OUTPUT_DIR)
+    used = vars(cfg) | {"DEVICE": requested["DEVICE"]}  # without the number of this process's GPU
+    state = trainer.state() | {"format": FORMAT, "settings": {
+        "file": settings_in_file(), "requested": requested, "used": used}}
+    write_file(output / LAST, lambda file: torch.save(state, file), required=True)
+    if trainer.best_epoch != trainer.saved_best_epoch:
         content = io.BytesIO()
-        torch.save({name: (value.float() if value.is_floating_point() else value).contiguous()
-                    for name, value in state["average"].items()}, content)
-        write_file(self.output / BEST, content.getbuffer(), required=True)
-        write_record(self.output / BEST, self.record | {
-            "best_epoch": state["epoch"], "valid_metrics_at_img_size": state["history"][-1],
+        torch.save(trainer.best_weights, content)
+        write_file(output / BEST, content.getbuffer(), required=True)
+        write_metadata(output / BEST, metadata | {
+            "best_epoch": trainer.best_epoch, "valid_metrics_at_img_size": trainer.history[trainer.best_epoch - 1],
             "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
-
-    def start(self, state: dict) -> None:
-        """Write a state in the background. wait() comes first."""
-        def work():
-            try:
-                self.write(state)
-            except BaseException as error:  # raised again by wait(), in the thread that can act on it
-                self.error = error
-
-        self.thread = threading.Thread(target=work, name="writer", daemon=True)  # a second Ctrl-C does not wait for it
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Until the last state is written; raises what went wrong. In slices: Windows has no Ctrl-C in a join."""
-        while self.thread and self.thread.is_alive():
-            self.thread.join(0.2)
-        self.thread, error, self.error = None, self.error, None
-        try:
-            if error:
-                raise error
-        finally:
-            del error  # or this frame and the error hold each other, and with them loaders and workers
-
-    def repair(self, state: dict) -> None:
-        """Write what a killed run may have left unwritten after its last state."""
-        if rank() or not state["epoch"]:
-            return
-        if read_record(self.output / BEST)[0].get("best_epoch") != state["best_epoch"]:
-            if state["epoch"] == state["best_epoch"]:
-                self.write_best(state)
-            else:
-                warn(f"{BEST} and its JSON are not the best model of this run, that of epoch {state['best_epoch']}.\n"
-                     "The next better epoch writes them anew.")
-        write_table(self.output / "training_history.csv", state["history"])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, _error, _traceback):
-        if kind is not KeyboardInterrupt:
-            self.wait()
+        trainer.saved_best_epoch = trainer.best_epoch
+    if trainer.history:
+        write_table(output / "training_history.csv", trainer.history)
+        if trainer.finished() or time.monotonic() - trainer.plotted >= PLOT_SECONDS:
+            plot_history(output / "training_history.png", trainer.history)
+            trainer.plotted = time.monotonic()
 
 
-def write_record(checkpoint: Path, record: dict) -> None:
+def write_metadata(checkpoint: Path, metadata: dict) -> None:
     """Write the JSON beside a checkpoint; its "sha256" ties the two together."""
-    content = json.dumps(record | {"checkpoint": checkpoint.name}, indent=2, ensure_ascii=False)
+    content = json.dumps(metadata | {"checkpoint": checkpoint.name}, indent=2, ensure_ascii=False)
     write_file(checkpoint.with_suffix(".json"), content.encode("utf-8"), required=True)
 
 
-def read_record(checkpoint: Path) -> tuple[dict, str]:
-    """The JSON beside a checkpoint. Returns (record, ""), or ({}, why there is none to be trusted)."""
+def read_metadata(checkpoint: Path) -> tuple[dict, str]:
+    """The JSON beside a checkpoint. Returns (metadata, ""), or ({}, why there is none that belongs to it)."""
     path = checkpoint.with_suffix(".json")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest():
-            return record, ""
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if metadata["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+            return metadata, ""
         return {}, f"{path.name} does not belong to {checkpoint.name} (its digest differs)"
     except OSError:
         return {}, f"there is no {path.name} beside it"
@@ -1415,31 +1371,23 @@ def read_record(checkpoint: Path) -> tuple[dict, str]:
         return {}, f"{path.name} is damaged"
 
 
-def read_last(cfg: Settings) -> dict:
-    """The state to go on from. Raises TrainerError if there is none, or if the settings contradict it."""
-    path = Path(cfg.OUTPUT_DIR) / LAST
+def read_state(output: Path) -> dict:
+    """The state of save_run() to continue with. Raises TrainerError if there is none that fits this script."""
+    path = output / LAST
     if not path.is_file():
-        raise TrainerError(f"nothing to resume: there is no {path}; leave --resume out to start a run, or name the "
-                           "run's folder with OUTPUT_DIR")
+        raise TrainerError(f"nothing to resume: there is no {path}; leave out --resume to start a run, or name the "
+                           "run's folder with OUTPUT_DIR (--output-dir)")
     state = read_weights(path)
     if "settings" in state and state.get("format") != FORMAT:
         raise TrainerError(f"{path} was written by another version of this script; finish that run with that version, "
                            f"or start a new one from its best model: --init-weights {path.with_name(BEST)}")
-    if missing := {"settings", *Run.PLAIN, *Run.STATEFUL} - set(state):
+    if missing := {"settings", *Trainer.PLAIN, *Trainer.STATEFUL} - set(state):
         raise TrainerError(f"{path} is not the state of a run of this script: it has no {', '.join(sorted(missing))}")
-    old, new = [settings | {"images per step": settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"]}
-                for settings in (state["settings"], vars(cfg))]
-    differs = [f"{name}: saved {old.get(name)!r}, now {new[name]!r}" for name in new
-               if name not in RESUME_MAY_CHANGE and old.get(name) != new[name]]
-    if differs:
-        raise TrainerError(f"the saved run in {path} had other settings:{listed(differs, 40)}\nGive the saved values, "
-                           "or start a new run in another OUTPUT_DIR. What may change: "
-                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
     return state
 
 
-def keep_earlier_run(output: Path) -> None:
-    """Move the files of an earlier run into a folder of their own, the state last, and say how to go on with it."""
+def archive_earlier_run(output: Path) -> None:
+    """Move the files of an earlier run into a folder of their own, the state last, and say how to continue it."""
     files = [output / name for name in RUN_FILES if (output / name).is_file()]
     if not files:
         return
@@ -1448,9 +1396,9 @@ def keep_earlier_run(output: Path) -> None:
     folder.mkdir()
     for file in files:
         os.replace(file, folder / file.name)
-    say(f"The earlier run of this folder is now in {folder}.")
+    log(f"The earlier run of this folder is now in {folder}.")
     if files[-1].name == LAST:
-        say(f"To go on with it, stop this one (Ctrl-C) and add to its command: --resume --output-dir \"{folder}\"")
+        log(f"To continue it, stop this one (Ctrl-C) and start the script with: --resume --output-dir \"{folder}\"")
 
 
 # ===== Evaluation and prediction, through the same path ===============================================================
@@ -1469,20 +1417,20 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     """Load a checkpoint of this script for prediction, with the settings in the JSON beside it.
 
     device: where to put the model; default: DEVICE. cfg (default: the constants) is used instead, with a warning, when
-    there is no JSON or only one of another checkpoint. The model gets two attributes: record, the content of the JSON,
-    and prediction_settings. Raises TrainerError when the file is missing, damaged or unfit.
+    there is no JSON or only one of another checkpoint. The model, in eval mode, gets two attributes: metadata, the
+    content of the JSON, and prediction_settings. Raises TrainerError when the file is missing, damaged or unfit.
     """
     checkpoint, cfg = Path(checkpoint), cfg or default_settings()
-    weights, (record, problem) = read_weights(checkpoint), read_record(checkpoint)
+    weights, (metadata, problem) = read_weights(checkpoint), read_metadata(checkpoint)
     settings = prediction_settings(cfg)
     if problem:
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
-    model = build_model(record.get("encoder", cfg.ENCODER), None,
-                        record.get("architecture", "unetplusplus" if record else cfg.ARCHITECTURE))[0]
+    model = build_model(metadata.get("encoder", cfg.ENCODER), None,
+                        metadata.get("architecture", "unetplusplus" if metadata else cfg.ARCHITECTURE))[0]
     load_weights(model, weights, checkpoint)
-    model.record = record
-    settings["test_time_augmentation"] &= not record  # a record from before there was this did without
-    model.prediction_settings = {name: record.get(name, value) for name, value in settings.items()}
+    model.metadata = metadata
+    settings["test_time_augmentation"] &= not metadata  # a JSON without it is from before there was any
+    model.prediction_settings = {name: metadata.get(name, value) for name, value in settings.items()}
     device = torch.device(device or cfg.DEVICE)
     return model.to(device, memory_format=memory_format(device)).eval()
 
@@ -1516,15 +1464,15 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
     small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
     probability = predict_probability(model.eval(), small, *image.shape[:2])
     model.train(training)
-    return at_threshold(probability, model.prediction_settings["threshold"])
+    return binarize(probability, model.prediction_settings["threshold"])
 
 
-def at_threshold(probability: np.ndarray, threshold: float) -> np.ndarray:
+def binarize(probability: np.ndarray, threshold: float) -> np.ndarray:
     """Mask uint8 0/1: tumour is probability >= threshold, compared in float32."""
     return (probability >= np.float32(threshold)).astype(np.uint8)
 
 
-def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> np.ndarray:
+def counts_per_threshold(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> np.ndarray:
     """(TP, FP, FN) at every threshold: int64 [T, 3], from float32 probabilities and a 0/1 mask of the same shape."""
     passed = np.searchsorted(thresholds.astype(np.float32), probability.ravel(), side="right")  # how many it reaches
     inside = mask.ravel() > 0
@@ -1535,9 +1483,9 @@ def count_thresholds(probability: np.ndarray, mask: np.ndarray, thresholds: np.n
 
 def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict[str, float]:
     """All scores of one image at the annotation's resolution: a row of test_metrics.csv."""
-    prediction = at_threshold(probability, threshold)
+    prediction = binarize(probability, threshold)
     tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
-    row = {name: float(value) for name, value in score_images(*tensors, threshold).items()}
+    row = {name: float(value) for name, value in image_metrics(*tensors, threshold).items()}
     lesions = zip(("lesions", "lesions_found", "false_lesions"), count_lesions(prediction, mask))
     return row | {"hd95_px": hd95(prediction, mask)} | dict(lesions)
 
@@ -1545,49 +1493,46 @@ def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float
 def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, name: str) -> list:
     """score(probability, mask) of every image, at the annotations' resolution."""
     def work(i):
-        record = dataset.records[i]
-        return score(predict_probability(model, dataset.sample(i)[0], record.height, record.width), record.mask())
+        entry = dataset.entries[i]
+        return score(predict_probability(model, dataset.sample(i)[0], entry.height, entry.width), entry.mask())
 
-    own = range(rank(), len(dataset), world_size())
     most = 4 if next(model.parameters()).is_cuda else 16  # each thread has the activations of one image in memory
-    parts = gather(in_threads(work, own, f"Scoring {name}", most))
-    return [parts[i % world_size()][i // world_size()] for i in range(len(dataset))]
+    return in_threads(work, range(len(dataset)), f"Scoring {name}", most)
 
 
 def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
-    """Find the threshold on valid, score test with it, write the tables and pictures, and update the record."""
+    """Find the threshold on valid, score test with it, write the tables and pictures, and update the JSON."""
     model, output = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR)
-    record, settings = model.record, model.prediction_settings
+    metadata, settings = model.metadata, model.prediction_settings
     settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
-    dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], records=split.records,
+    dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], entries=split.entries,
                                        cache=cache) for name, split in splits.items()}
-    counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], count_thresholds, "valid"))).double()
-    dice = ratios(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
+    counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], counts_per_threshold, "valid"))).double()
+    dice = metrics_from_counts(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
-    chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the least extreme
+    chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the one closest to 0.5
     threshold = settings["threshold"] = float(THRESHOLDS[chosen])
     valid = dict(zip(COUNTS, counts[:, chosen].unbind(-1)))
-    record |= settings | {"valid_metrics": summarize(ratios(*valid.values()) | valid)}
-    say(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Means over images at the original resolution;\n"
+    metadata |= settings | {"valid_metrics": summarize(metrics_from_counts(*valid.values()) | valid)}
+    log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Means over images at the original resolution;\n"
         "both masks empty scores 1, only one of them empty 0:")
-    say(f"  valid  {len(counts)} images  {in_words(record['valid_metrics'])}")
+    log(f"  valid  {len(counts)} images  {format_metrics(metadata['valid_metrics'])}")
     if "test" in dataset:
         rows = evaluate_split(model, dataset["test"], functools.partial(score_test_image, threshold=threshold), "test")
-        record["test_metrics"] = report_test(rows)
-        if rank() == 0:
-            records = dataset["test"].records
-            write_table(output / "test_metrics.csv", [
-                {"file_name": image.file_name} | {name: f"{value:.10g}" for name, value in row.items()}
-                for image, row in zip(records, rows)])
-            plot_predictions(output / "test_predictions.png", model, records, np.array([row["dice"] for row in rows]))
-    for name, found in record.get("data_counts", {}).items():
-        if found.get("look_like_train"):
-            say(f"  {LIKE_TRAIN.format(found['look_like_train'], found['images'], name)}")
-    if rank() == 0 and record.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
-        write_record(checkpoint, record)
-    if str(record.get("encoder_weights_from")).startswith("random ("):
-        warn("this model started from RANDOM weights, because the ImageNet weights could not be had "
-             f"{record['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they need be.")
+        metadata["test_metrics"] = report_test(rows)
+        entries = dataset["test"].entries
+        write_table(output / "test_metrics.csv", [
+            {"file_name": entry.file_name} | {name: f"{value:.10g}" for name, value in row.items()}
+            for entry, row in zip(entries, rows)])
+        plot_predictions(output / "test_predictions.png", model, entries, np.array([row["dice"] for row in rows]))
+    for name, found in metadata.get("data_counts", {}).items():
+        if found.get("near_duplicates"):
+            log(f"  {NEAR_DUPLICATES.format(found['near_duplicates'], found['images'], name)}")
+    if metadata.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
+        write_metadata(checkpoint, metadata)
+    if str(metadata.get("encoder_weights_from")).startswith("random ("):
+        warn("this model started from RANDOM weights, because the ImageNet weights were not available "
+             f"{metadata['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they could be.")
 
 
 def report_test(rows: list[dict[str, float]]) -> dict:
@@ -1597,7 +1542,7 @@ def report_test(rows: list[dict[str, float]]) -> dict:
     found |= {"hd95_px": float(columns.pop("hd95_px").mean())}
     found |= {f"{name}_95_ci": confidence_interval(columns[name]) for name in ("dice", "iou")}
     metrics = summarize({name: torch.from_numpy(values) for name, values in columns.items()})
-    say(f"  test   {len(rows)} images  {in_words(metrics)}\n"
+    log(f"  test   {len(rows)} images  {format_metrics(metrics)}\n"
         "  95 % confidence interval of the mean: dice {:.4f} to {:.4f}, iou {:.4f} to {:.4f} (too narrow if several "
         "images\n  come from one patient)".format(*found["dice_95_ci"], *found["iou_95_ci"])
         + f"\n  HD95 {found['hd95_px']:.1f} px; {found['lesions_found']} of {found['lesions']} tumours touched, "
@@ -1619,7 +1564,7 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         own = {path for path in found
                if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)}
         if own:
-            say(f"Left out {len(own)} file(s) of {source} that are named like results of this script.")
+            log(f"Left out {len(own)} file(s) of {source} that are named like results of this script.")
         files += [source] if source.is_file() else [path for path in found if path not in own]
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -1637,9 +1582,9 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
                 break
         for name, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
             write_image(Path(cfg.OUTPUT_DIR) / name, picture)
-        say(f"{path}: {100 * mask.mean():.2f} % tumour -> {', '.join(targets)}")
+        log(f"{path}: {100 * mask.mean():.2f} % tumour -> {', '.join(targets)}")
     if bad:
-        raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{listed(bad)}")
+        raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{bullet_list(bad)}")
 
 
 # ===== Pictures =======================================================================================================
@@ -1672,13 +1617,13 @@ def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str =
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
     """Training images, masks outlined: below each one as loaded the same one as the network may see it."""
     # Images with a tumour first: their outlines show whether masks lie where they should. The prime shuffles.
-    order = sorted(range(len(dataset)), key=lambda i: (not dataset.records[i].rles, i * 7919 % len(dataset)))
+    order = sorted(range(len(dataset)), key=lambda i: (dataset.entries[i].rle is None, i * 7919 % len(dataset)))
     rows = []
     for first in range(0, min(2 * columns, len(order)), columns):
         for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
             row = [(i, *get(i)) for i in order[first:first + columns]]
             rows.append([(draw_overlay(image, np.zeros_like(mask), mask),
-                          f"{kind}: ...{Path(dataset.records[i].file_name).stem[-16:]}") for i, image, mask in row])
+                          f"{kind}: ...{Path(dataset.entries[i].file_name).stem[-16:]}") for i, image, mask in row])
     plot_grid(path, rows, "Training images as the network sees them, tumour outlined in green")
 
 
@@ -1700,7 +1645,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], dice: np.ndarray, each: int = 2):
+def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], dice: np.ndarray, each: int = 2):
     """Best, median and worst test cases: image, truth, prediction, and overlay with the Dice of the case."""
     order = [int(i) for i in np.argsort(-dice, kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
@@ -1709,57 +1654,77 @@ def plot_predictions(path: Path, model: torch.nn.Module, records: list[Record], 
         cases |= {i: label for i in part if i not in cases}
     rows = []
     for i in (i for i in order if i in cases):
-        image, truth = read_image(records[i].path, records[i].height, records[i].width), records[i].mask()
+        image, truth = read_image(entries[i].path, entries[i].height, entries[i].width), entries[i].mask()
         image = resize(image, *truth.shape)
         mask = predict_mask(model, image)
-        rows.append([(image, f"{cases[i]}: ...{Path(records[i].file_name).name[-24:]}"), (truth, "truth"),
+        rows.append([(image, f"{cases[i]}: ...{Path(entries[i].file_name).name[-24:]}"), (truth, "truth"),
                      (mask, "prediction"), (draw_overlay(image, mask, truth), f"Dice {dice[i]:.3f}")])
     plot_grid(path, rows, "Test images (in the overlay green: truth, red: prediction)")
 
 
 # ===== Plumbing: command line =========================================================================================
 
-# The least value of each number; where it stands without a decimal point, whole numbers only.
-MINIMUM = {"CACHE_GB": 0.0, "IMG_SIZE": 64, "BATCH_SIZE": 1, "NUM_WORKERS": 0, "EPOCHS": 1, "WARMUP_STEPS": 0,
-           "WEIGHT_DECAY": 0.0, "ACCUMULATION_STEPS": 1, "GRAD_CLIP": 0.0, "AVERAGE_EPOCHS": 0.0, "PLATEAU_PATIENCE": 0,
-           "EARLY_STOPPING": 0, "SEED": 0}
-RULES = {  # what else a setting must satisfy, in words and as a test
+def at_least(least: int | float) -> tuple:
+    """A rule for a number: in words, and as a test. Where the least value is an int, only whole numbers are legal."""
+    return (f"a {'whole ' * isinstance(least, int)}number, {least} or more",
+            lambda value: least <= value < 2**63 and type(value) in (int, type(least)))
+
+
+RULES = {  # what a setting must satisfy, in words and as a test
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
-    "IMG_SIZE": ("a multiple of 32, at most 4096", lambda v: v % 32 == 0 and v <= 4096),
-    "BATCH_SIZE": ("at least the number of processes", lambda v: v >= int(os.environ.get("WORLD_SIZE", 1))),
+    "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
+    "IMG_SIZE": ("a multiple of 32, from 64 to 4096", lambda v: type(v) is int and v in range(64, 4097, 32)),
+    "BATCH_SIZE": ("a whole number, 1 or more, and at least the number of processes",
+                   lambda v: type(v) is int and max(1, int(os.environ.get("WORLD_SIZE", 1))) <= v < 2**63),
+    "NUM_WORKERS": at_least(0),
     "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
     "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
     "ARCHITECTURE": (f"one of {', '.join(smp.MODEL_ARCHITECTURES_MAPPING)}",
                      lambda v: v in smp.MODEL_ARCHITECTURES_MAPPING),
     "ENCODER": ("an encoder of segmentation_models_pytorch",
                 lambda v: v in smp.encoders.get_encoder_names() or v.startswith("tu-")),
+    "EPOCHS": at_least(1),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
-    "LR_RANDOM_START": ("a number above 0", lambda v: 0 < v < math.inf),
+    "LR_FROM_SCRATCH": ("a number above 0", lambda v: 0 < v < math.inf),
+    "WARMUP_STEPS": at_least(0), "WEIGHT_DECAY": at_least(0.0),
     "LOSS": (f"one of {', '.join(LOSSES)}", lambda v: v in LOSSES),
+    "ACCUMULATION_STEPS": at_least(1), "GRAD_CLIP": at_least(0.0), "EMA_EPOCHS": at_least(0.0),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
+    "PLATEAU_PATIENCE": at_least(0), "EARLY_STOPPING_PATIENCE": at_least(0), "SEED": at_least(0),
     "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun (README.md, "
                "'GPU'; --device cpu always works)",
                lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
                >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
     "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
-}
-STARTING_RULES = {  # what a new run needs besides
+    # These two are needed by a new run only.
     "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
     "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
 }
+RENAMED = {"--average-epochs": "--ema-epochs", "--lr-random-start": "--lr-from-scratch",
+           "--early-stopping": "--early-stopping-patience"}
 
 
 def default_settings() -> Settings:
-    """The constants, as they are now."""
-    return Settings(**{name: globals()[name] for name in CONSTANTS})
+    """The constants, as they are now; lists as tuples."""
+    values = {name: globals()[name] for name in CONSTANTS}
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
-    """Merge the command line (default: sys.argv[1:]) into the constants; each is a flag of the type of its value.
+def settings_in_file() -> dict:
+    """The constants as the file has them; None for a default that depends on the script's folder or the machine."""
+    folder, device = str(Path(__file__).resolve().parent), "cuda" if torch.cuda.is_available() else "cpu"
+    computed = {"DATA_DIR": folder, "OUTPUT_DIR": folder, "DEVICE": device}
+    return {name: None if value == computed.get(name, ...) else value
+            for name, value in vars(default_settings()).items()}
 
-    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set).
-    Raises TrainerError for an unknown flag, a wrong type or an impossible value.
-    """
+
+def flag_name(constant: str) -> str:
+    """IMG_SIZE -> --img-size."""
+    return "--" + constant.lower().replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for each mode, and one for each constant, of the type of its value. Errors raise TrainerError."""
     def fail(message):
         raise TrainerError(f"{message} (--help lists the options)")
 
@@ -1776,7 +1741,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail  # one sentence, as for every other error, instead of the whole usage
     group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in OUTPUT_DIR")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run in OUTPUT_DIR")
     group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
     group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
@@ -1789,27 +1754,73 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
             options = {"nargs": "*", "type": number if value and not isinstance(value[0], str) else str}
         else:
             options = {"type": text if value is None or isinstance(value, str) else number}
-        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, default=argparse.SUPPRESS,
-                            help=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args(argv))
-    if "LR" in given:  # the user's choice holds for every start
-        given.setdefault("LR_RANDOM_START", given["LR"])
-    values = {name: given.pop(name, value) for name, value in vars(default_settings()).items()}
-    cfg = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    mode = argparse.Namespace(**given)
+        parser.add_argument(flag_name(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+    return parser
+
+
+def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
+    """Merge the command line (default: sys.argv[1:]) into the constants.
+
+    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set),
+    and mode.requested holds the settings that are saved for --resume, see resume_settings().
+    Raises TrainerError for an unknown flag, a wrong type or an impossible value.
+    """
+    parser = build_parser()
+    for word in sys.argv[1:] if argv is None else argv:
+        if new := RENAMED.get(word.partition("=")[0]):
+            parser.error(f"{word} has a new name: {new}")
+    mode = parser.parse_args(argv)
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(mode).items() if name in CONSTANTS}
+    if "LR" in given:  # the user's choice is for all weights
+        given.setdefault("LR_FROM_SCRATCH", given["LR"])
+    cfg = Settings(**vars(default_settings()) | given)
+    if cfg.DATA_DIR:
+        cfg.DATA_DIR = os.path.abspath(cfg.DATA_DIR)  # a run may be resumed from another working directory
     if mode.checkpoint and not (mode.evaluate or mode.predict):
-        fail("--checkpoint goes with --evaluate and --predict; to train on from a model, set INIT_WEIGHTS")
+        parser.error("--checkpoint goes with --evaluate and --predict; to train on from a model, set INIT_WEIGHTS")
+    mode.requested = vars(cfg) | {"DEVICE": given.get("DEVICE", settings_in_file()["DEVICE"])}
+    if mode.resume:
+        mode.requested = resume_settings(cfg, given, read_state(Path(cfg.OUTPUT_DIR))["settings"])
     check_settings(cfg, mode)
     return cfg, mode
 
 
+def resume_settings(cfg: Settings, given: dict, saved: dict) -> dict:
+    """Merge the settings of a saved run into cfg, so that --resume --output-dir FOLDER is enough.
+
+    given: the flags of this command. saved: three sets of settings: "file" (the constants in the file), "requested"
+    (with the flags) and "used" (with a safer setting after a failure). A flag that differs from the requested value, or
+    a constant that was edited in the file since, counts; otherwise what was used stays. OUTPUT_DIR is this command's.
+    Returns the settings that are now requested. Raises TrainerError if one has changed that must not.
+    """
+    file, requested, changed = settings_in_file(), {}, []
+    for name, value in vars(cfg).items():
+        # A constant that the saved run does not know was not changed since.
+        in_file, before, used = (saved[kind].get(name, file[name]) for kind in ("file", "requested", "used"))
+        requested[name] = given.get(name, file[name]) if name == "DEVICE" else value
+        if name == "OUTPUT_DIR" or (value != before if name in given else file[name] != in_file):
+            if value != used and name not in RESUME_MAY_CHANGE:
+                changed.append(f"{name}: saved {used!r}, now {value!r}")
+        else:
+            requested[name] = before
+            setattr(cfg, name, default_settings().DEVICE if name == "DEVICE" and used is None else used)
+    before, now = (settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"] for settings in (saved["used"], vars(cfg)))
+    if before != now:
+        changed.append(f"images per step (BATCH_SIZE * ACCUMULATION_STEPS): saved {before}, now {now}")
+    if changed:
+        raise TrainerError(f"the saved run had other settings:{bullet_list(changed, 40)}\nLeave them as they were, or "
+                           "start a new run in another OUTPUT_DIR. What may change on --resume: "
+                           f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
+    return requested
+
+
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    limits = {name: (f"a {'whole ' * (type(least) is int)}number, {least} or more",
-                     lambda v, least=least: least <= v < 2**63 and type(v) in (int, type(least)))
-              for name, least in MINIMUM.items()}
-    starting = {} if mode.resume or mode.audit or mode.evaluate or mode.predict else STARTING_RULES
-    for name, (legal, holds) in [*limits.items(), *RULES.items(), *starting.items()]:
+    starts = not (mode.resume or mode.audit or mode.evaluate or mode.predict)
+    for name, (legal, holds) in RULES.items():
+        if name in ("ENCODER_WEIGHTS", "INIT_WEIGHTS") and not starts:
+            continue
         try:
             good = holds(getattr(cfg, name))
         except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
@@ -1832,35 +1843,30 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
 def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises TrainerError and Interrupted."""
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
-    if mode.predict and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise TrainerError("--predict runs in one process; start it without torchrun")
-    start_processes(cfg)
+    if not (mode.predict or mode.audit or mode.evaluate):
+        start_processes(cfg)
+        check_gpu(cfg)
+        train(cfg, mode.resume, mode.requested)
+        return
+    if rank() > 0:  # the first process does without the others
+        return
     check_gpu(cfg)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
-        with held_data(cfg, ["train", "valid", "test"]):
-            say("The data can be used.")
-    elif mode.evaluate:
+        prepare_data(cfg, ["train", "valid", "test"])
+        log("The data can be used.")
+    else:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
-        # What counts as truth, and the size of the cache, are those of the run that made the checkpoint.
-        record = read_record(checkpoint)[0]
-        categories = tuple(record.get("settings", {}).get("CATEGORIES", cfg.CATEGORIES))
+        # What counts as tumour, and the size of the images, are those of the run that made the checkpoint.
+        metadata = read_metadata(checkpoint)[0]
+        categories = tuple(metadata.get("settings", {}).get("CATEGORIES", cfg.CATEGORIES))
         if categories != cfg.CATEGORIES:
-            say(f"CATEGORIES is {cfg.CATEGORIES} here; scored is what the model was trained on: {categories}.")
-        cfg.CATEGORIES, cfg.IMG_SIZE = categories, record.get("img_size", cfg.IMG_SIZE)
-        with held_data(cfg, ["valid", "test"], checkpoint.parent, Path(cfg.OUTPUT_DIR)) as (splits, cache):
+            log(f"CATEGORIES is {cfg.CATEGORIES} here; evaluated is what the model was trained on: {categories}.")
+        cfg.CATEGORIES, cfg.IMG_SIZE = categories, metadata.get("img_size", cfg.IMG_SIZE)
+        with locked_data(cfg, ["valid", "test"], checkpoint.parent, Path(cfg.OUTPUT_DIR)) as (splits, cache):
             evaluate_checkpoint(cfg, checkpoint, splits, cache)
-    else:
-        train(cfg, mode.resume)
-    if dist.is_initialized():
-        # PyTorch 2.6 hangs in the end of a group whose thread still has to let go of a tensor: hold on to the last one.
-        last = torch.zeros(1, device=cfg.DEVICE)
-        work = dist.all_reduce(last, async_op=True)
-        work.wait()
-        dist.destroy_process_group()
-        del last, work
 
 
 # ===== Plumbing: the machine ==========================================================================================
@@ -1880,27 +1886,27 @@ def set_up_machine(cfg: Settings, device: torch.device) -> None:
 
 
 def describe_machine(cfg: Settings, device: torch.device) -> None:
-    """Say what the run uses."""
+    """Print device, precision and folders."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
-    say(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
+    log(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
     if device.type == "cpu":
-        say("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set. For a\n"
+        log("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set. For a\n"
             "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
 
 
 def check_gpu(cfg: Settings) -> None:
-    """Say why a GPU that is there lies idle. Raises TrainerError for a chosen one that does not work."""
+    """Warn if this machine has an NVIDIA GPU that PyTorch cannot use. Raises TrainerError if the chosen one fails."""
     how = "README.md, 'GPU', says how to get a PyTorch that fits"
     if cfg.DEVICE != "cpu":
         try:
             torch.ones(1, device=cfg.DEVICE).item()
-        except RuntimeError as error:  # mostly this PyTorch was built without code for the card: "no kernel image"
+        except RuntimeError as error:  # usually this PyTorch has no code for this GPU: "no kernel image"
             raise TrainerError(f"{cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)}).\n"
                                f"If it is not just full or busy: {how}; --device cpu trains without it") from None
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
-        warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build, so the GPU lies idle.\n"
+        warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build and cannot use it.\n"
              f"Uninstall torch and torchvision first, or pip keeps them; {how}.")
     elif shutil.which("nvidia-smi") and not torch.cuda.is_available():
         warn("PyTorch cannot use the NVIDIA GPU of this machine. Most likely its driver is too old for CUDA "
@@ -1909,7 +1915,7 @@ def check_gpu(cfg: Settings) -> None:
              f"without access to it, or CUDA_VISIBLE_DEVICES, which is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}.")
 
 
-OUT_OF_MEMORY = ("out of memory",  # the allocator; or "CUDA error: out of memory", when another program fills the card
+OUT_OF_MEMORY = ("out of memory",  # the allocator; or "CUDA error: out of memory", when another program fills the GPU
                  "unable to find an engine",  # cuDNN, whose benchmark swallows the allocator's error
                  "ALLOC_FAILED",  # cuBLAS and cuDNN
                  "not enough memory", "allocate memory")  # CPUs, on Windows and on Linux
@@ -1944,7 +1950,7 @@ def in_threads(work, items, description: str, most: float = math.inf) -> list:
 
 def rank() -> int:
     """Number of this process among those of torchrun, 0 without it."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -1974,71 +1980,81 @@ def start_processes(cfg: Settings) -> None:
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
 
 
-def one_for_all(work, chosen: bool) -> list:
-    """The results of work() in the chosen processes, by rank, for all processes; or everywhere the first error."""
+def end_processes() -> None:
+    """Part from the other processes, after all have come this far; the first one goes on alone."""
+    if dist.is_initialized():
+        # PyTorch 2.6 hangs while it ends a group whose thread still has to let go of a tensor: keep the last one.
+        last = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        work = dist.all_reduce(last, async_op=True)
+        work.wait()
+        dist.destroy_process_group()
+        del last, work
+
+
+def on_first(work, is_first: bool) -> list:
+    """work() in the process that is first, or first on its machine. Returns what each process has got, by rank.
+
+    The others wait for it. Where it fails, it raises, and they exit silently with its exit code.
+    """
+    result, code = None, 0
     try:
-        result = work() if chosen else None
-    except (TrainerError, Interrupted) as error:
-        result = error
-    results = gather(result)
-    for found in results:
-        if isinstance(found, Exception):
-            found.shared = True
-            raise found
-    return results
+        result = work() if is_first else None
+    except BaseException as error:
+        code = exit_code(error)
+        raise
+    finally:
+        results = gather((result, code))
+    for _, code in results:
+        if code:
+            sys.exit(code)
+    return [result for result, _ in results]
 
 
 @contextlib.contextmanager
-def held_data(cfg: Settings, names: list[str], *folders: Path):
-    """Hold folders for this run, and give what prepare_data() finds to all processes.
+def locked_data(cfg: Settings, names: list[str], *folders: Path):
+    """Lock folders for this run, and give what prepare_data() returns to all processes.
 
-    Each machine reads its data once, into a cache that belongs to the first folder (none: no cache) and is removed at
-    the end of the block. Raises TrainerError everywhere.
+    Each machine reads its data once, into a cache that belongs to the first folder and is removed at the end of the
+    block. Raises TrainerError.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    with contextlib.ExitStack() as held:
-        def lock():  # returns nothing: a lock cannot travel between processes
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    with contextlib.ExitStack() as stack:
+        def lock():
             for folder in {folder.resolve() for folder in folders}:
-                held.enter_context(lock_folder(folder))
+                stack.enter_context(lock_folder(folder))
 
-        one_for_all(lock, rank() == 0)
-        if folders and local == 0:
-            held.callback(remove_cache, folders[0])
-        yield one_for_all(lambda: prepare_data(cfg, names, *folders[:1]), local == 0)[rank() - local]
+        on_first(lock, rank() == 0)  # before anybody touches the cache
+        if local_rank == 0:
+            stack.callback(remove_cache, folders[0])
+        yield on_first(lambda: prepare_data(cfg, names, folders[0]), local_rank == 0)[rank() - local_rank]
 
 
 def lock_folder(folder: Path):
-    """Keep other runs out of a folder for as long as the returned context, or this process, lives, however it ends.
+    """Keep other runs out of a folder until the returned context ends, or this process, however it ends.
 
-    A record lock belongs to the process; flock would live on in its workers. Raises TrainerError if another run is in.
+    Raises TrainerError if another run is using it. Where locks do not work, a warning.
     """
-    file = None
+    lock = filelock.FileLock(folder / ".brain_tumor.lock", timeout=1)
     try:
-        file = open(folder / ".brain_tumor.lock", "ab")
-        if os.name == "nt":
-            import msvcrt
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if file and error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise TrainerError(f"another run is using {folder}; wait until it has ended, or choose another folder with "
-                               "OUTPUT_DIR (--output-dir)") from None
-        warn(f"{folder} knows no file locks ({error}): see to it that no second run writes there")
-    return file or contextlib.nullcontext()
+        with warnings.catch_warnings():
+            # filelock warns before it falls back to a lock that would outlive a killed run: rather none.
+            warnings.simplefilter("error", UserWarning)
+            return lock.acquire()
+    except filelock.Timeout:
+        raise TrainerError(f"another run is using {folder}; wait until it has ended, or choose another folder with "
+                           "OUTPUT_DIR (--output-dir)") from None
+    except (OSError, NotImplementedError, UserWarning) as error:  # network drives; a lock file of another user
+        warn(f"cannot lock {folder} ({error}): make sure that no second run writes there")
+        return contextlib.nullcontext()
 
 
 # ===== Plumbing: messages, signals, files =============================================================================
 
-GO_ON = "The same command with --resume goes on after the last saved epoch."
+HOW_TO_RESUME = "The same command with --resume continues after the last saved epoch."
 
 
 class TrainerError(Exception):
     """Something the user can put right. main() prints the message, without a stack trace, and ends with exit_code."""
-
-    shared = False  # True: all processes have it, and the first one prints it
 
     def __init__(self, message: str, exit_code: int = 2):
         # A DataLoader raises what a worker raised with the worker's stack trace as message.
@@ -2046,8 +2062,8 @@ class TrainerError(Exception):
         self.exit_code = exit_code
 
 
-def say(message: str = "", file=None) -> None:
-    """Print once, whatever the number of processes, and at once, also into a file."""
+def log(message: str = "", file=None) -> None:
+    """Print a message, in the first process only, and flush it, so that it is at once in a log file, too."""
     if rank() == 0:
         stream = file or sys.stdout
         try:
@@ -2057,11 +2073,11 @@ def say(message: str = "", file=None) -> None:
 
 
 def warn(message: str) -> None:
-    """A warning on standard error, framed so that it is not missed."""
-    say("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
+    """Print a warning on standard error, framed to stand out."""
+    log("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
 
 
-def listed(lines: list[str], most: int = 10) -> str:
+def bullet_list(lines: list[str], most: int = 10) -> str:
     """The first lines of a list, indented, and how many more there are."""
     more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
     return "".join(f"\n  - {line}" for line in lines[:most] + more)
@@ -2080,20 +2096,20 @@ class StopSignal:
     """Handler that remembers Ctrl-C and SIGTERM, for progress() to act on; a second signal ends at once."""
 
     signum = 0
-    saved = False  # whether there is a state to go on from
+    saved = False  # whether there is a state to continue from
 
     def __call__(self, signum, _frame):
         if self.signum:
             raise KeyboardInterrupt
         self.signum = signum
-        say(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", sys.stderr)
+        log(f"\n{signal.Signals(signum).name}: stopping after this step (again: at once)", sys.stderr)
 
 
 STOP = StopSignal()
 
 
 def progress(items, description: str, total: int | None = None):
-    """Iterate with a progress bar, and stop between two items after a signal. Every long loop goes through here."""
+    """Iterate with a progress bar, and raise Interrupted after a signal. Every long loop goes through here."""
     # disable=None: no bar where standard error is not a terminal.
     with tqdm(items, description, total, leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True) as bar:
         for item in bar:
@@ -2128,8 +2144,9 @@ def write_file(path: Path, content, required: bool = False) -> None:
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
             raise
         if required:
+            how = HOW_TO_RESUME if STOP.saved else "Then start again."
             raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, or "
-                               f"mend the folder. {GO_ON if STOP.saved else 'Then start again.'}", 1) from error
+                               f"repair the folder. {how}", 1) from error
         warn(f"cannot write {path}: {error} (going on without it)")
 
 
@@ -2148,9 +2165,9 @@ def write_image(path: Path, image: np.ndarray) -> None:
     write_file(path, png.tobytes(), required=True)
 
 
-def remedy(error: BaseException) -> str:
-    """What helps against an error that has a cause outside this script; empty for one that nobody foresaw."""
-    if "DataLoader worker (pid" in str(error):  # it died; what it has raised itself is worded otherwise
+def advice(error: BaseException) -> str:
+    """What helps against an error whose cause is outside this script; "" for an unexpected one."""
+    if "DataLoader worker (pid" in str(error):  # it died; what a worker has raised has another message
         return ("a process that prepares images died, usually because memory ran out. Fewer of them need less: "
                 "--num-workers 0")
     if is_out_of_memory(error):
@@ -2159,15 +2176,22 @@ def remedy(error: BaseException) -> str:
     return str(error) if isinstance(error, OSError) else ""
 
 
+def exit_code(error: BaseException) -> int:
+    """1 failed on the way, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM."""
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return 128 + (STOP.signum or signal.SIGINT)
+    return getattr(error, "exit_code", 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script. argv: the words of the command line, default sys.argv[1:].
 
-    Returns the exit code: 0 done, 1 failed on the way, 2 something for the user to put right, 130 Ctrl-C, 143 SIGTERM.
+    Returns 0, or the exit_code() of what went wrong.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Chinese path must not end a run whose output goes to a file
             stream.reconfigure(errors="backslashreplace")
-    cv2.setNumThreads(0)  # what runs in parallel here are threads and processes of our own
+    cv2.setNumThreads(0)  # the parallel work of this script is done by its own threads and processes
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
     STOP.signum, STOP.saved, code, message = 0, False, 0, ""
@@ -2177,17 +2201,16 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         STOP.signum = STOP.signum or signal.SIGINT
     except TrainerError as error:
-        # What a process finds before it has met the others, the first one finds too.
-        silent = rank() > 0 and (error.shared or not dist.is_initialized())
-        code, message = error.exit_code, "" if silent else str(error)
+        # An error before the processes have met is the same in all of them: the first one prints it.
+        code, message = error.exit_code, "" if rank() > 0 and not dist.is_initialized() else str(error)
         error.__traceback__ = None  # what a worker raised refers to itself through it, and so keeps the workers
     except Exception as error:
         if not STOP.signum:  # a signal to all processes ends workers too, which arrives here as their failure
-            message = remedy(error)
+            code, message = 1, advice(error)
             if not message:
                 traceback.print_exc()
-                message = "nobody foresaw this; the lines above say where it happened."
-            code, message = 1, message + (f"\n{GO_ON}" if STOP.saved else "")
+                message = "unexpected error; the lines above say where it happened."
+            message += f"\n{HOW_TO_RESUME}" if STOP.saved else ""
         error.__traceback__ = None
     finally:
         gc.collect()  # lets go of the frames of a failed run, and so ends its workers
@@ -2195,14 +2218,11 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, handler)
     if STOP.signum:
         code, STOP.signum = 128 + STOP.signum, 0
-        say(f"\nStopped. {GO_ON if STOP.saved else ''}")
+        log(f"\nStopped. {HOW_TO_RESUME if STOP.saved else ''}")
     elif message:
         print(f"error{f' (process {rank()})' if rank() else ''}: {message}", file=sys.stderr, flush=True)
     return code
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if any(thread.name == "writer" for thread in threading.enumerate()):  # after a second Ctrl-C
-        os._exit(exit_code)  # Python cannot end in order while a thread is in C++ code
-    sys.exit(exit_code)
+    sys.exit(main())

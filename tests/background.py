@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -47,15 +46,10 @@ def rising_dice(script, inner=script.validate):
     script.validate = validate
 
 
-def in_writer():
-    """Whether the code that asks runs in the thread of the background writer."""
-    return threading.current_thread() is not threading.main_thread()
-
-
-def kill_at(script, name, when="before", who="trainer"):
-    """Killed before or after the rename that puts a file in place, in the writer's thread or in the trainer."""
+def kill_at(script, name, when="before"):
+    """Killed before or after the rename that puts a file in place."""
     def replace(source, target, inner=os.replace):
-        hit = os.path.basename(target) == name and in_writer() == (who == "writer")
+        hit = os.path.basename(target) == name
         if hit and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         inner(source, target)
@@ -63,25 +57,6 @@ def kill_at(script, name, when="before", who="trainer"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
-
-
-def slow_writer(script):
-    """A background writer that does not begin before the trainer waits for it."""
-    writer, waiting = script.CheckpointWriter, threading.Event()
-    write, wait = writer.write, writer.wait
-
-    def slow_write(self, state):
-        if in_writer():
-            waiting.wait(20)  # a trainer that does not wait goes on long before
-            waiting.clear()
-        write(self, state)
-
-    def announced_wait(self):
-        if self.thread:
-            waiting.set()
-        wait(self)
-
-    writer.write, writer.wait = slow_write, announced_wait
 
 
 def _child(argv, faults, log):
@@ -175,8 +150,8 @@ def shared_data():
 
 def arguments(output, *more, data=None):
     """A command line for runs that can be compared to the last bit."""
-    return [*FAST, "--batch-size", "2", "--num-workers", "2", "--epochs", "4", "--data-dir", str(data or shared_data()),
-            "--output-dir", str(output), *map(str, more)]
+    return [*FAST, "--batch-size", "2", "--num-workers", "2", "--epochs", "4", "--save-seconds", "0", "--data-dir",
+            str(data or shared_data()), "--output-dir", str(output), *map(str, more)]
 
 
 @functools.cache
@@ -221,11 +196,7 @@ def table_rows(folder):
 
 def assert_same_run(folder, other):
     """Two finished runs are the same: state, best model, history, scores."""
-    mine, theirs = read(folder), read(other)
-    for state in (mine, theirs):
-        for name in ("OUTPUT_DIR", "NUM_WORKERS", "DATA_DIR", "PRECISION"):
-            state["settings"].pop(name)
-    assert differences(mine, theirs) == []
+    assert differences(*(read(run) | {"settings": None} for run in (folder, other))) == []
     assert differences(read(folder, "unet_plusplus_best.pth"), read(other, "unet_plusplus_best.pth")) == []
     assert table_rows(folder) == table_rows(other)
     assert (folder / "test_metrics.csv").read_text() == (other / "test_metrics.csv").read_text()
@@ -241,11 +212,11 @@ def load_best(folder):
     if not (folder / script.BEST).is_file():
         return "there is none"
     try:
-        record, problem = script.read_record(folder / script.BEST)
+        metadata, problem = script.read_metadata(folder / script.BEST)
         with mock.patch.object(script, "build_model", tiny_build_model):
             model = script.load_model(folder / script.BEST, "cpu")
     except script.TrainerError as error:
         return str(error)
     finite = all(bool(value.isfinite().all()) for value in model.state_dict().values())
     mask = script.predict_mask(model, np.zeros((50, 70, 3), np.uint8))
-    return problem or ("" if finite and mask.shape == (50, 70) and record["encoder"] == "resnet18" else "wrong")
+    return problem or ("" if finite and mask.shape == (50, 70) and metadata["encoder"] == "resnet18" else "wrong")

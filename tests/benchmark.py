@@ -16,14 +16,15 @@ value of all repeats are printed, as Markdown and as JSON. Compare numbers of on
   straightforward (loader only) this script's decoding, rasterising, resizing, augmentation and normalisation, but for
                   every image in every epoch and with float32 tensors as batches: what the cache and uint8 batches save
 
-An epoch is all that a run does from one printed line to the next: training, validation, the snapshot of the state,
-waiting for the writer in the background. Validation Dice is scored alike for all: the mean over images at the network's
+An epoch is all that a run does from one printed line to the next: training, validation, and saving where that is
+due (SAVE_SECONDS). Validation Dice is scored alike for all: the mean over images at the network's
 size, threshold 0.5, against the masks of this script. The part "accuracy" compares it after every epoch, with another
 seed in each repeat; its seconds are training and what is read before it, without validation and saving, for both.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -140,8 +141,8 @@ class Original:
             dataset = OriginalDataset(Path(o.data) / name, o.img_size, count, name == "train")
             self.loaders[name] = torch.utils.data.DataLoader(dataset, o.batch_size, shuffle=name == "train",
                                                              num_workers=o.workers)
-        self.truth = [torch.from_numpy(script.resize_mask(record.mask(), o.img_size, o.img_size))[None]
-                      for record in script.read_coco(Path(o.data) / "valid").records[:o.valid]]
+        self.truth = [torch.from_numpy(script.resize_mask(entry.mask(), o.img_size, o.img_size))[None]
+                      for entry in script.read_coco(Path(o.data) / "valid").entries[:o.valid]]
 
     def train_loader(self, epoch):
         return self.loaders["train"]
@@ -162,7 +163,7 @@ class Original:
         with torch.no_grad():
             probabilities = torch.cat([self.model(images.to(self.device)).sigmoid().cpu()
                                        for images, _ in self.loaders["valid"]])
-        return float(script.score_images(probabilities, torch.stack(self.truth))["dice"].mean())
+        return float(script.image_metrics(probabilities, torch.stack(self.truth))["dice"].mean())
 
     def fit(self):
         """All epochs: seconds of each, seconds of its training, and validation Dice; and what more there is to say."""
@@ -198,8 +199,8 @@ class This:
         self.folder = tempfile.TemporaryDirectory(dir=options.output, ignore_cleanup_errors=True)
         vars(self.cfg).update(DATA_DIR=options.data, IMG_SIZE=options.img_size, BATCH_SIZE=options.batch_size,
                               NUM_WORKERS=options.workers, DEVICE=str(device), PRECISION=options.precision,
-                              ENCODER_WEIGHTS=None, COMPILE=options.compile, EPOCHS=options.epochs, EARLY_STOPPING=0,
-                              SEED=options.seed, OUTPUT_DIR=self.folder.name)
+                              ENCODER_WEIGHTS=None, COMPILE=options.compile, EPOCHS=options.epochs, SEED=options.seed,
+                              EARLY_STOPPING_PATIENCE=0, OUTPUT_DIR=self.folder.name)
         self.options, self.device, self.splits, self.cache = options, device, {}, None
         self.precision = str(script.amp_dtype(self.cfg.PRECISION, device)).removeprefix("torch.")
         self.saving = options.part == "epoch" and options.version != "unsaved"
@@ -207,8 +208,8 @@ class This:
 
     def build(self):
         steps = -(-self.options.images // (self.options.batch_size * self.cfg.ACCUMULATION_STEPS))
-        self.run = script.Run(self.cfg, self.device, "", steps, None)
-        self.model = self.run.model
+        self.trainer = script.Trainer(self.cfg, self.device, "", steps)
+        self.model = self.trainer.model
         self.criterion = script.LOSSES[self.cfg.LOSS]
 
     def open_data(self):
@@ -217,13 +218,13 @@ class This:
 
         def limited(folder, categories):
             split = read_coco(folder, categories)
-            del split.records[o.images if folder.name == "train" else o.valid:]
+            del split.entries[o.images if folder.name == "train" else o.valid:]
             return split
 
         with mock.patch.object(script, "read_coco", limited):
             self.splits, self.cache = script.prepare_data(self.cfg, ["train", "valid"], Path(self.cfg.OUTPUT_DIR))
         self.loaders = {name: script.make_loader(script.BrainTumorDataset(
-            Path(o.data) / name, o.img_size, name == "train", self.cfg.SEED, False, records=split.records,
+            Path(o.data) / name, o.img_size, name == "train", self.cfg.SEED, False, entries=split.entries,
             cache=self.cache), self.cfg, train=name == "train") for name, split in self.splits.items()}
 
     def train_loader(self, epoch):
@@ -231,29 +232,22 @@ class This:
         return self.loaders["train"]
 
     def train(self, batches, epoch=0):
-        return script.train_one_epoch(self.run.parallel, batches, self.criterion, self.run.optimizer, self.run.scaler,
-                                      self.device, cfg=self.cfg, limit=self.run.limit, epoch=epoch,
-                                      after_step=self.run.after_step)
+        return script.train_one_epoch(self.trainer.parallel_model, batches, self.criterion, self.trainer.optimizer,
+                                      self.trainer.scaler, self.device, cfg=self.cfg, epoch=epoch,
+                                      after_step=self.trainer.after_step)
 
     def fit(self):
-        """As Original.fit(), by Run.fit() with its writer; or, not saving, with no snapshot and nothing written."""
-        run, training, validation, snapshots, waiting = self.run, [], [], [], []
-        record = script.describe_run(self.cfg, self.device, self.splits, run.weights_from)
-        with script.CheckpointWriter(Path(self.cfg.OUTPUT_DIR), record) as writer, mock.patch.multiple(
-                script, train_one_epoch=clock(script.train_one_epoch, training),
-                validate=clock(script.validate, validation)):
-            writer.write(run.state())
-            run.state, writer.wait = clock(run.state, snapshots), clock(writer.wait, waiting)
-            if not self.saving:
-                run.state, writer.start = lambda: None, lambda state: None
-            run.fit(self.loaders, self.criterion, writer)
-        # Of the waits, one per epoch and the last one on leaving the block, the first has nothing to wait for.
-        # A row's seconds begin where those of the row before it end, so they hold what is done between the two.
-        between = [row["seconds"] - t - v for row, t, v in zip(run.history, training, validation)][1:]
-        more = {"seconds between epochs": between, "- of these the snapshot": snapshots[:-1],
-                "- of these waiting for the writer": waiting[:-2], "seconds of the last write": waiting[-1:]}
-        return ([row["seconds"] for row in run.history], training, [row["dice"] for row in run.history],
-                {name: statistics.mean(values) for name, values in more.items() if values})
+        """As Original.fit(), by Trainer.fit(), saving as a run does; or without any saving."""
+        trainer, training, saving = self.trainer, [], []
+        metadata = script.describe_run(self.cfg, self.device, self.splits, trainer.weights_from)
+        requested = vars(self.cfg) | {"DEVICE": None}
+        save = functools.partial(script.save_run, trainer, metadata, requested) if self.saving else lambda: None
+        with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training)):
+            save()
+            trainer.fit(self.loaders, self.criterion, clock(save, saving))
+        return ([row["seconds"] for row in trainer.history], training, [row["dice"] for row in trainer.history],
+                {"saves after an epoch": len(saving), "seconds of a save": statistics.mean(saving),
+                 "seconds of all saves": sum(saving)})
 
     def close(self):
         script.remove_cache(Path(self.cfg.OUTPUT_DIR))
@@ -265,10 +259,10 @@ class Straightforward(This):
 
     def open_data(self):
         o, folder = self.options, Path(self.options.data) / "train"
-        records = script.read_coco(folder).records[:o.images]
-        dataset = script.BrainTumorDataset(folder, o.img_size, train=True, records=records)
+        entries = script.read_coco(folder).entries[:o.images]
+        dataset = script.BrainTumorDataset(folder, o.img_size, train=True, entries=entries)
         self.loader = torch.utils.data.DataLoader(dataset, o.batch_size, shuffle=True, num_workers=o.workers,
-                                                  worker_init_fn=script.start_worker, persistent_workers=o.workers > 0)
+                                                  worker_init_fn=script.init_worker, persistent_workers=o.workers > 0)
 
     def train_loader(self, epoch):
         return self.loader
@@ -500,7 +494,7 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--images", type=int, help="training images, from the start of the list")
     parser.add_argument("--valid", type=int, help="validation images")
-    parser.add_argument("--epochs", type=int, help="at least 3: the first warms up, and the writer then has work")
+    parser.add_argument("--epochs", type=int, help="at least 2: the first warms up")
     parser.add_argument("--repeats", type=int, help="each with another seed")
     parser.add_argument("--device", default=script.DEVICE)
     parser.add_argument("--workers", type=int, default=min(4, script.available_cores()))

@@ -44,7 +44,7 @@ def grey(tmp_path_factory):
 
 def like(dataset, **changes):
     """A second data set with the same images."""
-    options = {"img_size": SIZE, "train": True, "seed": 7, "normalize": False, "records": dataset.records} | changes
+    options = {"img_size": SIZE, "train": True, "seed": 7, "normalize": False, "entries": dataset.entries} | changes
     return script.BrainTumorDataset("", **options)
 
 
@@ -118,7 +118,7 @@ def test_a_sample_depends_on_nothing_that_happened_before(grey):
 
 def test_a_sample_depends_on_the_image_and_not_on_its_place_among_the_readable_ones(grey):
     """A damaged file that is left out must not change how all later images are augmented."""
-    assert same(like(grey, records=grey.records[3:])[(1, 2)], grey[(1, 5)])
+    assert same(like(grey, entries=grey.entries[3:])[(1, 2)], grey[(1, 5)])
 
 
 def test_an_index_alone_means_the_first_epoch(grey):

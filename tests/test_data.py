@@ -191,7 +191,7 @@ CORNERS = coco_mask.encode(np.asfortranarray(filled(40, 50, (3, 4, 9, 20), (40, 
 def test_a_mask_holds_exactly_these_pixels(segmentations, boxes, tmp_path):
     """A crowd annotation counts like all others."""
     entries = [annotation(value, number, iscrowd=number % 2) for number, value in enumerate(segmentations)]
-    mask = script.read_coco(one_image(tmp_path, entries)).records[0].mask()
+    mask = script.read_coco(one_image(tmp_path, entries)).entries[0].mask()
     assert mask.dtype == np.uint8 and np.array_equal(mask, filled(40, 50, *boxes))
 
 
@@ -202,7 +202,7 @@ def test_categories_say_what_counts_and_all_count_by_default(tmp_path, chosen, e
     folder = one_image(tmp_path, [annotation([box(0, 0, 5, 40)], 1, category_id=3),
                                   annotation([box(40, 0, 10, 40)], 2, category_id=7)],
                        categories=[{"id": 3, "name": "oedema"}, {"id": 7, "name": "肿瘤"}])
-    assert np.array_equal(script.read_coco(folder, chosen).records[0].mask(), filled(40, 50, *expected))
+    assert np.array_equal(script.read_coco(folder, chosen).entries[0].mask(), filled(40, 50, *expected))
 
 
 def test_shrinking_averages_enlarging_interpolates_and_the_right_size_is_not_touched():
@@ -482,7 +482,7 @@ def test_names_inside_the_folder_are_found(place, data, output, capfd):
     (data / "train/sub").mkdir()
     os.replace(data / "train/slice_0.png", data / "train" / place.replace("\\", "/"))
     name(place)(data)
-    assert table(accepted(capfd, data, output)[0])["files that the JSON does not name"][0] == "0"
+    assert table(accepted(capfd, data, output)[0])["files that the JSON does not list"][0] == "0"
 
 
 def test_skipping_lists_the_bad_images_and_goes_on(data, output, capfd):
@@ -507,14 +507,14 @@ def test_after_a_skipped_image_the_others_keep_their_pixels_and_their_numbers(da
     cfg = script.read_settings(arguments(data, tmp_path / "out", "--skip-bad-images"))[0]
     splits, cache = script.prepare_data(cfg, ["train", "valid"], tmp_path / "out")
     for split in splits.values():
-        dataset = script.BrainTumorDataset("", 64, records=split.records, cache=cache)
-        for index, record in enumerate(split.records):
+        dataset = script.BrainTumorDataset("", 64, entries=split.entries, cache=cache)
+        for index, record in enumerate(split.entries):
             for cached, decoded in zip(dataset.sample(index), script.load_sample(record, 64)):
                 assert np.array_equal(cached, decoded)
     script.remove_cache(tmp_path / "out")
-    assert [record.number for record in splits["train"].records] == [1, 2]
+    assert [record.number for record in splits["train"].entries] == [1, 2]
     counts = script.describe_run(cfg, torch.device("cpu"), splits, "random")["data_counts"]["train"]
-    assert counts == {"images": 2, "annotations": 2, "without_tumour": 1, "skipped": 1, "look_like_train": 0}
+    assert counts == {"images": 2, "annotations": 2, "without_tumour": 1, "skipped": 1, "near_duplicates": 0}
 
 
 # ===== The audit ======================================================================================================
@@ -565,7 +565,7 @@ def test_the_table_counts_images_annotations_and_tumours(tmp_path, capfd):
         "images": ["5", "2"], "unreadable images": ["0", "0"], "annotations": ["4", "1"], "without tumour": ["2", "1"],
         "several tumours": ["1", "0"], "smallest tumour, % of image": ["3.000", "15.920"],
         "median tumour, % of image": ["16.000", "15.920"], "largest tumour, % of image": ["50.000", "15.920"],
-        "files that the JSON does not name": ["3", "0"]}
+        "files that the JSON does not list": ["3", "0"]}
 
 
 def test_the_same_picture_is_found_in_any_format_and_across_splits_it_is_named_first(tmp_path, capfd):
@@ -602,7 +602,7 @@ def test_good_data_are_worth_no_remark_and_the_audit_writes_nothing(tmp_path, ca
     train = [(50, [[outline(0, 0, 100, 100)]], {}), (51, [[box(50, 50, 5, 5)]], {}), (52, [OUTLINE], {}),
              (np.full((50, 200), 50, np.uint8), [], {})]
     out = audited(tmp_path, capfd, train=train)
-    assert "Worth a look" not in out and remarks(out) == []
+    assert "please check" not in out and remarks(out) == []
     before = contents(tmp_path)
     accepted(capfd, tmp_path / "data", tmp_path / "out")
     assert contents(tmp_path) == before
@@ -635,7 +635,7 @@ def test_a_thumbnail_is_the_grey_picture_averaged_to_32_pixels_without_mean_and_
     centred = small.ravel() - small.mean()
     fine = np.kron(small, np.ones((2, 2), int)) + 9 * (np.indices((64, 64)).sum(0) % 2 * 2 - 1)  # averages out
     for pixels in (small, small // 2 + 30, np.kron(small, np.ones((4, 3))), fine, np.stack([small] * 3, axis=-1)):
-        record = script.Record(0, str(write(tmp_path / "a.png", pixels.astype(np.uint8))), "a.png", 32, 32)
+        record = script.ImageEntry(0, str(write(tmp_path / "a.png", pixels.astype(np.uint8))), "a.png", 32, 32)
         script.scan(record, 64, None)
         assert record.thumbnail.shape == (1024,) and record.thumbnail.dtype == np.float32
         assert record.thumbnail.sum() == pytest.approx(0, abs=1e-4)
@@ -645,9 +645,9 @@ def test_a_thumbnail_is_the_grey_picture_averaged_to_32_pixels_without_mean_and_
 
 def split_of(**thumbnails):
     """A split of images with these thumbnails, by name."""
-    records = [script.Record(n, name, name, 1, 1, thumbnail=np.array(value, np.float32))
+    records = [script.ImageEntry(n, name, name, 1, 1, thumbnail=np.array(value, np.float32))
                for n, (name, value) in enumerate(thumbnails.items())]
-    return script.Split(records, 0, [], 0, False)
+    return script.Split(records, 0, 0, False)
 
 
 def test_images_above_the_correlation_are_counted_and_the_closest_pairs_named():
@@ -657,15 +657,15 @@ def test_images_above_the_correlation_are_counted_and_the_closest_pairs_named():
         "valid": split_of(far=(0, 0, 1), close=(0.96, 0, 0.28), not_quite=(0.94, 0, 0.341), closer=(0, 0.98, 0.199),
                           opposite=(-1, 0, 0), same=(0, 1, 0), also_close=(0.28, 0.96, 0)),
         "test": split_of(closest=(0.6, 0.8, 0))}
-    assert script.find_neighbours(splits) == [
-        "4 of 7 valid images look like an image in train: scores are too good for new patients; most alike: "
+    assert script.find_near_duplicates(splits) == [
+        "4 of 7 valid images look like an image in train: scores may be too good for new patients; the closest: "
         "same and b; closer and b; close and a"]
-    assert {name: split.like_train for name, split in splits.items()} == {"train": 0, "valid": 4, "test": 0}
+    assert {name: split.near_duplicates for name, split in splits.items()} == {"train": 0, "valid": 4, "test": 0}
     splits["test"] = split_of(only=(0, -0.199, 0.98), like_a=(0.98, 0.199, 0))
-    said, = script.find_neighbours(splits)[1:]
-    assert said.startswith("1 of 2 test images") and said.endswith("most alike: like_a and a")
+    said, = script.find_near_duplicates(splits)[1:]
+    assert said.startswith("1 of 2 test images") and said.endswith("the closest: like_a and a")
     # An evaluation does not read train.
-    assert script.find_neighbours({"valid": split_of(a=(1, 0, 0)), "test": split_of(a=(1, 0, 0))}) == []
+    assert script.find_near_duplicates({"valid": split_of(a=(1, 0, 0)), "test": split_of(a=(1, 0, 0))}) == []
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -826,8 +826,8 @@ def test_any_coco_file_is_read_or_refused(tmp_path, values, replacements, data):
     except script.TrainerError as error:
         assert JSON in str(error) and error.exit_code == 2
         return
-    assert len(split.records) == len(coco["images"]) and split.annotations == len(coco["annotations"])
-    for record in split.records:
+    assert len(split.entries) == len(coco["images"]) and split.annotations == len(coco["annotations"])
+    for record in split.entries:
         mask = record.mask()
         assert mask.shape == (record.height, record.width) and set(np.unique(mask)) <= {0, 1}
 

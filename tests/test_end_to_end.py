@@ -35,7 +35,7 @@ def out(trained):
 @pytest.fixture
 def record(out):
     """The JSON beside the checkpoint."""
-    return script.read_record(out / script.BEST)[0]
+    return script.read_metadata(out / script.BEST)[0]
 
 
 def table(path):
@@ -92,7 +92,7 @@ def test_the_json_is_the_record_of_the_run_and_holds_what_other_code_needs(recor
         assert re.match(r"\d+\.\d+", record["versions"][name]), name
     assert record["data_counts"] == {
         name: {"images": images, "annotations": images, "without_tumour": images // 8, "skipped": 0,
-               "look_like_train": 0} for name, images in (("train", 32), ("valid", 8), ("test", 8))}
+               "near_duplicates": 0} for name, images in (("train", 32), ("valid", 8), ("test", 8))}
     assert set(record["valid_metrics"]) == {*SCORES, *POOLED}
     assert set(record["test_metrics"]) == {*SCORES, *POOLED, *EXTENT, "dice_95_ci", "iou_95_ci"}
     assert all(0 <= record[f"{split}_metrics"][name] <= 1 for split in ("valid", "test") for name in SCORES + POOLED)
@@ -101,9 +101,9 @@ def test_the_json_is_the_record_of_the_run_and_holds_what_other_code_needs(recor
 def test_the_history_has_a_row_per_epoch(record, out):
     rows = table(out / "training_history.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
-    assert list(rows[0]) == ["epoch", "train_loss", "dropped", "valid_loss", *SCORES, *POOLED, "lr", *TIMING]
+    assert list(rows[0]) == ["epoch", "train_loss", "valid_loss", *SCORES, *POOLED, "lr", *TIMING]
     for row in rows:
-        assert 0 < float(row["lr"]) <= 1e-3 and row["dropped"] == "0"
+        assert 0 < float(row["lr"]) <= 1e-3
         assert min(float(row[name]) for name in ("train_loss", "valid_loss", *TIMING)) > 0
         assert all(0 <= float(row[name]) <= 1 for name in SCORES)
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -116,7 +116,7 @@ def test_the_checkpoint_is_that_of_the_best_epoch(record, out, capsys):
     """Its scores on valid at IMG_SIZE and threshold 0.5, computed again, are those of the history."""
     valid, float32 = script.BrainTumorDataset(ROOT / "valid", 64, normalize=False), script.default_settings()
     float32.PRECISION = "float32"
-    model, batch = script.load_model(out / script.BEST, "cpu"), script.stack([valid[i] for i in range(len(valid))])
+    model, batch = script.load_model(out / script.BEST, "cpu"), script.collate([valid[i] for i in range(len(valid))])
     scores = script.validate(model, [batch], script.dice_bce, CPU, cfg=float32)
     best = table(out / "training_history.csv")[record["best_epoch"] - 1]
     for name in ("dice", "valid_loss"):

@@ -56,7 +56,7 @@ def prepared(cfg):
 def make_dataset(prepared, name="train", cached=True, kind=script.BrainTumorDataset):
     """A data set as train() builds it."""
     cfg, splits, cache = prepared
-    return kind("unused", cfg.IMG_SIZE, name == "train", cfg.SEED, normalize=False, records=splits[name].records,
+    return kind("unused", cfg.IMG_SIZE, name == "train", cfg.SEED, normalize=False, entries=splits[name].entries,
                 cache=cache if cached else None)
 
 
@@ -122,7 +122,7 @@ def test_the_cache_holds_what_load_sample_returns(prepared):
     """As copies, which augmentation may write into."""
     cfg, splits, cache = prepared
     for name in ("train", "valid", "train"):
-        for index, record in enumerate(splits[name].records):
+        for index, record in enumerate(splits[name].entries):
             found = make_dataset(prepared, name).sample(index)
             for array, expected in zip(found, script.load_sample(record, cfg.IMG_SIZE)):
                 assert np.array_equal(array, expected) and array.dtype == np.uint8 and array.flags.c_contiguous
@@ -136,7 +136,7 @@ def test_a_pickled_copy_carries_no_pixels_and_maps_the_same_ones(prepared):
     dataset.sample(0)
     assert len(pickle.dumps(dataset)) < len(pickle.dumps(make_dataset(prepared, cached=False))) + 1000
     copy = pickle.loads(pickle.dumps(dataset))
-    dataset.cache.pixels(dataset.records[2].slot, "r+")[5, 7] = 9, 8, 7, 1
+    dataset.cache.pixels(dataset.entries[2].cache_slot, "r+")[5, 7] = 9, 8, 7, 1
     image, mask = copy.sample(2)
     assert image[5, 7].tolist() == [9, 8, 7] and mask[5, 7] == 1
 
@@ -288,11 +288,11 @@ def test_validation_batches_are_larger_in_order_and_need_workers_only_without_th
 
 def hang_in_the_step(script):
     """A fault: the trainer takes no more batches."""
-    def forward_backward(*_):
+    def to_target(*_):
         print("hanging", flush=True)
         time.sleep(1000)
 
-    script.forward_backward = forward_backward
+    script.to_target = to_target
 
 
 def is_running(pid):
@@ -323,7 +323,7 @@ def parts_of(count, batch_size, world, shuffle):
     found = []
     for number in range(world):
         with mock.patch.multiple(script, rank=lambda number=number: number, world_size=lambda: world):
-            sampler = script.EvenBatches(count, batch_size, shuffle, seed=5)
+            sampler = script.EvenBatchSampler(count, batch_size, shuffle, seed=5)
             sampler.set_epoch(3)
             found.append(list(sampler))
             assert len(found[-1]) == len(sampler)

@@ -158,7 +158,7 @@ def test_losses_are_computed_in_float32_also_under_autocast(name, dtype):
 
 def test_scores_of_images_by_hand():
     """One image with TP 2, FP 1, FN 3; one that is empty and found empty."""
-    scores = script.score_images(batch([.9, .8, .7, .1, .1, .1, .1], [.1] * 7), batch([1, 1, 0, 1, 1, 1, 0], [0] * 7))
+    scores = script.image_metrics(batch([.9, .8, .7, .1, .1, .1, .1], [.1] * 7), batch([1, 1, 0, 1, 1, 1, 0], [0] * 7))
     assert {name: values.tolist() for name, values in scores.items()} == {
         "dice": [pytest.approx(4 / 8), 1], "iou": [pytest.approx(2 / 6), 1], "precision": [pytest.approx(2 / 3), 1],
         "recall": [pytest.approx(2 / 5), 1], "true_positive_px": [2, 0], "false_positive_px": [1, 0],
@@ -172,7 +172,7 @@ def test_scores_of_images_by_hand():
     ((0, 9, 0), 0.0),  # a false alarm: recall 0 too, although no pixel was missed
     ((0, 3, 4), 0.0), ((5, 0, 0), 1.0)])
 def test_empty_masks_score_one_when_both_are_and_zero_when_one_is(counts, expected):
-    scores = script.ratios(*torch.tensor(counts, dtype=torch.float64))
+    scores = script.metrics_from_counts(*torch.tensor(counts, dtype=torch.float64))
     assert {name: float(value) for name, value in scores.items()} == dict.fromkeys(
         ("dice", "iou", "precision", "recall"), expected)
 
@@ -183,8 +183,8 @@ def test_a_set_is_summarised_as_means_over_images_and_as_pooled_pixels():
     Dice per image 180/200, 0, 1: mean 1.9/3. Pooled: TP 90, FP 10, FN 10 + 5: 180/205.
     """
     counts = torch.tensor([[90., 0, 0], [10, 0, 0], [10, 5, 0]], dtype=torch.float64)
-    scores = script.ratios(*counts) | dict(zip(script.COUNTS, counts)) | {"another": torch.tensor([1., 2, 6])}
-    assert script.summarize(scores) == {
+    scores = script.metrics_from_counts(*counts) | dict(zip(script.COUNTS, counts))
+    assert script.summarize(scores | {"another": torch.tensor([1., 2, 6])}) == {
         "dice": pytest.approx(1.9 / 3), "iou": pytest.approx((90 / 110 + 0 + 1) / 3),
         "precision": pytest.approx(1.9 / 3), "recall": pytest.approx(1.9 / 3), "another": 3,
         "pooled_dice": pytest.approx(180 / 205), "pooled_iou": pytest.approx(90 / 115),
@@ -194,7 +194,7 @@ def test_a_set_is_summarised_as_means_over_images_and_as_pooled_pixels():
 def test_counts_of_large_images_do_not_round():
     """2^24 + 1 is no float32: a float32 sum would stop counting there."""
     ones = torch.ones(1, 1, 4097, 4097)
-    assert script.score_images(ones, ones.bool())["true_positive_px"].tolist() == [4097 * 4097]
+    assert script.image_metrics(ones, ones.bool())["true_positive_px"].tolist() == [4097 * 4097]
 
 
 @pytest.mark.parametrize("threshold", script.THRESHOLDS)
@@ -202,10 +202,10 @@ def test_a_probability_at_the_threshold_counts_as_tumour_everywhere(threshold):
     """In prediction, in the scores and in the search for the threshold, and the next smaller float32 does not."""
     value = np.float32(threshold)
     probability = np.array([[value, np.nextafter(value, np.float32(0))]])
-    assert script.at_threshold(probability, float(threshold)).tolist() == [[1, 0]]
+    assert script.binarize(probability, float(threshold)).tolist() == [[1, 0]]
     tensor = torch.from_numpy(probability)[None, None]
-    assert script.score_images(tensor, torch.ones_like(tensor), float(threshold))["true_positive_px"].tolist() == [1]
-    counts = script.count_thresholds(probability, np.ones_like(probability), np.array([threshold]))
+    assert script.image_metrics(tensor, torch.ones_like(tensor), float(threshold))["true_positive_px"].tolist() == [1]
+    counts = script.counts_per_threshold(probability, np.ones_like(probability), np.array([threshold]))
     assert counts.tolist() == [[1, 0, 1]]
 
 
@@ -214,7 +214,7 @@ def test_counts_at_all_thresholds_equal_counting_them_one_by_one():
     rng = np.random.default_rng(0)
     probability, mask = rng.random((57, 50), np.float32), (rng.random((57, 50)) < 0.3).astype(np.uint8)
     probability[0, :2] = 0, 1
-    counts = script.count_thresholds(probability, np.asfortranarray(mask))
+    counts = script.counts_per_threshold(probability, np.asfortranarray(mask))
     assert script.THRESHOLDS.tolist() == [round(0.05 * number, 2) for number in range(1, 20)]
     assert counts.dtype == np.int64 and len(counts) == len(script.THRESHOLDS)
     for row, threshold in zip(counts.tolist(), script.THRESHOLDS.astype(np.float32)):
@@ -227,7 +227,7 @@ def test_validation_scores_do_not_depend_on_the_batch_size():
     logits, targets = random_batch(5, 64, seed=5)
     images, cfg, model = logits.repeat(1, 3, 1, 1), script.default_settings(), torch.nn.Module()
     model.forward, cfg.PRECISION = lambda shown: shown[:, :1], "float32"
-    expected = script.summarize(script.score_images(logits.sigmoid(), targets))
+    expected = script.summarize(script.image_metrics(logits.sigmoid(), targets))
     expected["valid_loss"] = script.LOSSES["dice_bce"](logits, targets).item()
     for size in (5, 2, 1):
         found = script.validate(model, list(zip(images.split(size), targets.split(size))), script.LOSSES["dice_bce"],

@@ -143,7 +143,7 @@ IN_A_WORKER = "Caught {} in DataLoader worker process 0.\nOriginal Traceback (mo
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_each_form_of_too_little_memory_is_recognised_and_answered(error):
     assert script.is_out_of_memory(error)
-    assert all(word in script.remedy(error) for word in ("memory ran out", "BATCH_SIZE", "NUM_WORKERS", "IMG_SIZE"))
+    assert all(word in script.advice(error) for word in ("memory ran out", "BATCH_SIZE", "NUM_WORKERS", "IMG_SIZE"))
 
 
 @pytest.mark.parametrize("error, words", [
@@ -154,7 +154,7 @@ def test_each_form_of_too_little_memory_is_recognised_and_answered(error):
     # An edited augmentation fails in a worker: its trace is needed.
     (ValueError(IN_A_WORKER.format("ValueError")), ""), (RuntimeError(IN_A_WORKER.format("RuntimeError")), "")])
 def test_other_errors_get_what_helps_and_what_nobody_foresaw_keeps_its_trace(error, words):
-    found = script.remedy(error)
+    found = script.advice(error)
     assert words in found and bool(found) == bool(words) and not script.is_out_of_memory(error)
 
 

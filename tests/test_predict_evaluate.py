@@ -56,7 +56,7 @@ def saved(folder, model=None, **record):
     path = folder / script.BEST
     torch.save((model or bright()).state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    script.write_record(path, {"encoder": "resnet18", "architecture": "unet", **PLAIN, "sha256": digest} | record)
+    script.write_metadata(path, {"encoder": "resnet18", "architecture": "unet", **PLAIN, "sha256": digest} | record)
     return path
 
 
@@ -94,7 +94,7 @@ def evaluate(path, data, *words):
     out = path.parent / "out"
     assert main("--evaluate", "--checkpoint", path, "--data-dir", data, "--output-dir", out, *words) == 0
     lines = "".join(file.read_text(encoding="utf-8") for file in out.glob("test_metrics.csv")).splitlines()
-    return script.read_record(path)[0], list(csv.DictReader(lines))
+    return script.read_metadata(path)[0], list(csv.DictReader(lines))
 
 
 def predict(path, out, *words):
@@ -155,10 +155,10 @@ def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(erro
     monkeypatch.setattr(script.smp, "create_model", create_model)
     assert main(*FAST, "--encoder-weights", "imagenet", "--data-dir", data, "--output-dir", tmp_path / "out") == 0
     err = capsys.readouterr().err
-    for hint in (type(error).__name__, str(error), "HF_ENDPOINT", "--encoder-weights FILE", "LR_RANDOM_START"):
+    for hint in (type(error).__name__, str(error), "HF_ENDPOINT", "--encoder-weights FILE", "LR_FROM_SCRATCH"):
         assert hint in err
     assert err.count("WARNING") == err.count("RANDOM weights") == 2 and "its scores are lower" in err
-    origin = script.read_record(tmp_path / "out" / script.BEST)[0]["encoder_weights_from"]
+    origin = script.read_metadata(tmp_path / "out" / script.BEST)[0]["encoder_weights_from"]
     assert origin.startswith("random (") and type(error).__name__ in origin
 
 
@@ -178,7 +178,7 @@ def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(t
     assert main(*FAST, "--architecture", "unet", "--mean", 0.4, 0.5, 0.6, "--data-dir", data, "--output-dir", out) == 0
     assert f"No test folder ({data / 'test'})" in capsys.readouterr().out
     assert not [name for name in names(out) if name.startswith("test")]
-    record, model = script.read_record(out / script.BEST)[0], script.load_model(out / script.BEST, "cpu")
+    record, model = script.read_metadata(out / script.BEST)[0], script.load_model(out / script.BEST, "cpu")
     assert (record["architecture"], record["encoder"], record["img_size"]) == ("unet", "resnet18", 64)
     assert type(model) is smp.Unet and not model.training and next(model.parameters()).device == CPU
     assert sum(p.numel() for p in model.parameters()) < 20e6
@@ -196,9 +196,9 @@ def asked(monkeypatch):
 def test_a_json_from_before_architecture_and_augmentation_loads(tmp_path, asked, monkeypatch, capsys):
     """Then every model was a UNet++, whatever the constant says now."""
     path = saved(tmp_path)
-    old = script.read_record(path)[0]
+    old = script.read_metadata(path)[0]
     del old["architecture"], old["test_time_augmentation"]
-    script.write_record(path, old)
+    script.write_metadata(path, old)
     monkeypatch.setattr(script, "ARCHITECTURE", "unet")
     model = script.load_model(path, "cpu")
     assert asked == [("resnet18", None, "unetplusplus")] and capsys.readouterr().err == ""
@@ -217,7 +217,7 @@ def test_without_a_json_to_be_trusted_load_model_uses_the_settings_and_says_so(t
     model = script.load_model(path, "cpu", cfg)
     err = capsys.readouterr().err
     assert "WARNING" in err and script.BEST in err and why in err and "'img_size': 224" in err and "resnet50" in err
-    assert asked == [("resnet50", None, "linknet")] and model.record == {}
+    assert asked == [("resnet50", None, "linknet")] and model.metadata == {}
     assert model.prediction_settings == script.prediction_settings(cfg)
 
 
@@ -238,7 +238,7 @@ def one_kind(tmp_path_factory):
     return data, data.parent / "run", text.getvalue()
 
 
-@pytest.mark.parametrize("name, part", [(script.BEST, None), (script.LAST, "average")])
+@pytest.mark.parametrize("name, part", [(script.BEST, None), (script.LAST, "ema")])
 def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked, monkeypatch, capsys, name, part):
     """Nothing is downloaded for it, and its learning rate is that of pretrained weights."""
     data, run, _ = one_kind
@@ -248,9 +248,9 @@ def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked,
     assert main(*FAST, "--encoder-weights", "imagenet", "--img-size", 96, "--data-dir", data, "--output-dir", out,
                 "--init-weights", run / name) == 0
     assert background.differences(seen[0], dict(old[part] if part else old)) == [] and asked[0][1] is None
-    record = script.read_record(out / script.BEST)[0]
+    record = script.read_metadata(out / script.BEST)[0]
     assert record["encoder_weights_from"] == f"checkpoint {run / name}" and record["img_size"] == 96
-    assert f"{run / name}; {script.LR:g} for the rest" in capsys.readouterr().out
+    assert f"{run / name}), {script.LR:g} for the decoder" in capsys.readouterr().out
 
 
 def test_init_weights_that_do_not_fit_are_an_error(one_kind, tmp_path, capsys):
@@ -441,21 +441,21 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny,
 def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(one_kind, tmp_path, tiny, capsys, words):
     data, run, _ = one_kind
     record, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
-    before = script.read_record(run / script.BEST)[0]
+    before = script.read_metadata(run / script.BEST)[0]
     assert record["threshold"] == before["threshold"] and record["settings"]["CATEGORIES"] == ["tumor"]
     for split in ("valid_metrics", "test_metrics"):
         assert record[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
     tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
     assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
-    said = "scored is what the model was trained on: ('tumor',)" in capsys.readouterr().out
+    said = "evaluated is what the model was trained on: ('tumor',)" in capsys.readouterr().out
     assert said == (words != ["--categories", "tumor"])
 
 
 def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kind, tmp_path, tiny, capsys):
     data, run, text = one_kind
-    counts = script.read_record(run / script.BEST)[0]["data_counts"]
-    assert {name: part["look_like_train"] for name, part in counts.items()} == {"train": 0, "valid": 1, "test": 0}
-    sentence = "1 of 3 valid images look like an image in train: scores are too good for new patients"
+    counts = script.read_metadata(run / script.BEST)[0]["data_counts"]
+    assert {name: part["near_duplicates"] for name, part in counts.items()} == {"train": 0, "valid": 1, "test": 0}
+    sentence = "1 of 3 valid images look like an image in train: scores may be too good for new patients"
     evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data)
     again = capsys.readouterr().out
     assert text.count(sentence) == 2 and again.count(sentence) == 1  # in the audit, and below the scores

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -126,21 +127,27 @@ def failed_download(script, fails):
     script.build_model = build_model
 
 
-def broken_step(script, error, inner=script.forward_backward):
+def broken_step(script, error, inner=script.to_target):
     """Process 1 fails in every step."""
-    def forward_backward(*arguments):
+    def to_target(*arguments):
         if script.rank() == 1:
             raise error
         return inner(*arguments)
 
-    script.forward_backward = forward_backward
+    script.to_target = to_target
+
+
+def nan_loss(script):
+    """The loss of one image is not finite: that of process 1."""
+    script.LOSSES["dice_bce"] = lambda logits, targets: script.dice_bce(logits, targets) * (
+        math.nan if script.rank() else 1)
 
 
 # --- equal numbers
 
 # 8 training images in batches of 3, 3 and 2: of the first two, process 0 gets two images and process 1 gets one.
 CASES = {
-    "sgd": (["--lr", "0.05", "--grad-clip", "0", "--average-epochs", "0.5"], [plain_sgd], 3),
+    "sgd": (["--lr", "0.05", "--grad-clip", "0", "--ema-epochs", "0.5"], [plain_sgd], 3),
     "clipped": (["--lr", "0.5", "--grad-clip", "0.01", "--accumulation-steps", "2"], [plain_sgd], 2),
     "adamw": (["--lr", "0.01", "--accumulation-steps", "2", "--loss", "focal_tversky"], [], 2),
 }
@@ -164,11 +171,11 @@ def case(name):
 
 
 def assert_alike(folder, other):
-    """Two runs from the same start arrived at the same weights, average and scores, rounding apart."""
+    """Two runs from the same start arrived at the same weights, EMA and scores, rounding apart."""
     mine, theirs = read(folder), read(other)
-    torch.manual_seed(theirs["settings"]["SEED"])
+    torch.manual_seed(theirs["settings"]["used"]["SEED"])
     start = plain_model()[0].state_dict()
-    for name, key in itertools.product(("model", "average"), start):
+    for name, key in itertools.product(("model", "ema"), start):
         moved, difference = (state[name][key] - theirs[name][key] for state in ({name: start}, mine))
         assert moved.norm() > 1e-3 and difference.norm() < 1e-3 * moved.norm(), (name, key)
     for row, expected in zip(mine["history"], theirs["history"], strict=True):
@@ -180,7 +187,7 @@ def assert_alike(folder, other):
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_weights_average_and_scores_equal_those_of_one_process(name):
+def test_weights_ema_and_scores_equal_those_of_one_process(name):
     """And gradients are exchanged once per step, by both."""
     one, two, exchanges = case(name)
     assert_alike(two, one)
@@ -196,7 +203,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     codes, outputs = together(arguments(tmp_path / "12", *options), network=plain_network)
     code, output = run(arguments(tmp_path / "21", *options), network=plain_network)
     assert [*codes, code] == [0, 0, 0], [*outputs, output]
-    assert outputs[0].count("Going on after epoch 2") == 1
+    assert outputs[0].count("Continuing after epoch 2") == 1
     assert_alike(tmp_path / "12", tmp_path / "21")
     assert {int(entry["step"]) for entry in read(tmp_path / "12")["optimizer"]["state"].values()} == {4 * 2}
 
@@ -207,7 +214,7 @@ def test_evaluation_gives_the_numbers_of_one_process(tmp_path):
     copy_run(one, tmp_path / "again")
     (tmp_path / "again" / "test_metrics.csv").unlink()
     codes, outputs = together(arguments(tmp_path / "again", "--evaluate"), network=plain_network)
-    assert codes == [0, 0], outputs
+    assert codes == [0, 0] and outputs[1] == "", outputs  # the first one does it alone
     for name in ("test_metrics.csv", "unet_plusplus_best.json"):
         assert (tmp_path / "again" / name).read_text() == (one / name).read_text()
 
@@ -251,7 +258,7 @@ def test_all_processes_validate_the_model_that_is_saved(spied):
     folder, _, notes = spied
     zero, one = ([line.split()[2] for line in notes if line.startswith(f"{rank} validate ")] for rank in range(2))
     assert len(set(zero)) == 2 and zero == one  # two epochs
-    assert one[-1] == digest(read(folder)["average"])
+    assert one[-1] == digest(read(folder)["ema"])
 
 
 def test_every_machine_reads_its_data_once(tmp_path):
@@ -269,7 +276,7 @@ def test_every_machine_reads_its_data_once(tmp_path):
 @pytest.mark.parametrize("fails, origin, rate", [(0, "random (no network)", 0.02), (1, "imagenet", 0.01)])
 def test_the_first_process_decides_about_weights_and_learning_rate(fails, origin, rate, tmp_path):
     """Whatever the other one could download."""
-    argv = arguments(tmp_path / "out", "--epochs", "1", "--lr", "0.01", "--lr-random-start", "0.02")
+    argv = arguments(tmp_path / "out", "--epochs", "1", "--lr", "0.01", "--lr-from-scratch", "0.02")
     codes, outputs = together(argv, partial(failed_download, fails=fails), partial(spy, notes=tmp_path / "notes"))
     assert codes == [0, 0], outputs
     state = read(tmp_path / "out")
@@ -298,15 +305,24 @@ def test_what_no_process_can_use_ends_all_with_one_message(what, message, tmp_pa
 
 
 @pytest.mark.parametrize("error, message", [
-    (ValueError("unheard of"), "error (process 1): nobody foresaw this"),
-    (torch.OutOfMemoryError("out of memory"),
-     f"error (process 1): memory ran out (out of memory), and several processes cannot repeat a step. {script.GO_ON}")])
+    (ValueError("unheard of"), "error (process 1): unexpected error"),
+    (torch.OutOfMemoryError("out of memory"), "error (process 1): memory ran out (out of memory)")])
 def test_an_error_in_another_process_is_printed_with_its_rank_and_ends_all(error, message, tmp_path):
-    codes, outputs = together(arguments(tmp_path / "out"), partial(broken_step, error=error))
+    codes, outputs = together(arguments(tmp_path / "out", "--batch-size", "4"), partial(broken_step, error=error))
     assert codes == [1, 1], outputs
-    assert outputs[1].count(message) == outputs[1].count(script.GO_ON) == 1
+    assert outputs[1].count(message) == outputs[1].count("--resume") == 1
     assert ("unheard of" in outputs[1]) == ("Traceback" in outputs[1]) == isinstance(error, ValueError)
     assert read(tmp_path / "out")["epoch"] == 0  # the state to go on from
+
+
+@pytest.mark.parametrize("precision, words", [("bfloat16", "--resume --precision float32"),
+                                              ("float32", "in float32, and it would happen again")])
+def test_a_loss_that_is_not_finite_ends_all_with_one_message_that_helps(precision, words, tmp_path):
+    argv = arguments(tmp_path / "out", "--precision", precision)
+    codes, outputs = together(argv, nan_loss)
+    assert codes == [1, 1] and outputs[0].count("epoch 1: the loss is not finite") == outputs[0].count(words) == 1
+    assert outputs[1] == "" and "Traceback" not in outputs[0]
+    assert read(tmp_path / "out")["epoch"] == 0  # the state to continue from
 
 
 @pytest.mark.parametrize("hit, signum, codes", [((0, 1), signal.SIGTERM, [143, 143]), ((1,), signal.SIGKILL, [1, -9])])
@@ -317,17 +333,17 @@ def test_the_end_of_one_is_the_end_of_all(hit, signum, codes, tmp_path):
         for rank in hit:
             started[rank].kill(signum)
 
-    argv = arguments(tmp_path / "out", "--epochs", "5000", "--early-stopping", "0", "--num-workers", "1")
+    argv = arguments(tmp_path / "out", "--epochs", "5000", "--early-stopping-patience", "0", "--num-workers", "1")
     found, outputs = together(argv, meanwhile=end)
     assert found == codes, outputs
-    assert [output.count(script.GO_ON) for output in outputs] == [1, 0]
+    assert [output.count(script.HOW_TO_RESUME) for output in outputs] == [1, 0]
     assert ("Traceback" in "".join(outputs)) == (signum == signal.SIGKILL)
     assert read(tmp_path / "out")["epoch"] >= 1  # complete
 
 
 def test_ctrl_c_stops_torchrun_and_all_it_started_and_the_run_can_go_on(tmp_path):
     """As a user starts it, with the real network. torchrun gets Ctrl-C from the terminal and passes it on."""
-    argv, temporary = arguments(tmp_path / "out", "--early-stopping", "0"), tmp_path / "tmp"
+    argv, temporary = arguments(tmp_path / "out", "--early-stopping-patience", "0"), tmp_path / "tmp"
     temporary.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT), *argv,
@@ -343,11 +359,11 @@ def test_ctrl_c_stops_torchrun_and_all_it_started_and_the_run_can_go_on(tmp_path
     output += process.communicate()[0]  # until the last process with this pipe has ended
     alarm.cancel()
     assert process.returncode != 0 and list(temporary.glob("brain_tumor*")) == []
-    assert output.count(script.GO_ON) == output.count("Stopped.") == 1
+    assert output.count(script.HOW_TO_RESUME) == output.count("Stopped.") == 1
     assert f"{SCRIPT.name}\", line" not in output, output  # no trace of ours
     epochs = read(tmp_path / "out")["epoch"]
     codes, outputs = together([*argv, "--epochs", str(epochs + 1), "--resume"], network=None)
-    assert codes == [0, 0] and f"Going on after epoch {epochs}" in outputs[0], outputs
+    assert codes == [0, 0] and f"Continuing after epoch {epochs}" in outputs[0], outputs
     assert outputs[0].count(f"epoch {epochs + 1}/{epochs + 1}") == outputs[0].count("Threshold") == 1
     smp.UnetPlusPlus("resnet18", encoder_weights=None).load_state_dict(read(tmp_path / "out", script.BEST))
 

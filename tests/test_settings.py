@@ -119,17 +119,17 @@ def test_every_constant_has_a_flag_that_changes_it_and_nothing_else(name, tmp_pa
     words, new = another(name, default, tmp_path)
     cfg = vars(settings(*words))
     assert cfg[name] == new != default and isinstance(new, type(default) if default is not None else str)
-    assert cfg == before | {name: new} | ({"LR_RANDOM_START": new} if name == "LR" else {})
+    assert cfg == before | {name: new} | ({"LR_FROM_SCRATCH": new} if name == "LR" else {})
     assert vars(settings()) == before  # the constants are as they were
 
 
 @pytest.mark.parametrize("words, lr, lr_random_start", [
-    (["--lr", "3e-4"], 3e-4, 3e-4), (["--lr-random-start", "2e-3"], script.LR, 2e-3),
-    (["--lr", "3e-4", "--lr-random-start", "2e-3"], 3e-4, 2e-3),
-    (["--lr-random-start", "2e-3", "--lr", "3e-4"], 3e-4, 2e-3)])
+    (["--lr", "3e-4"], 3e-4, 3e-4), (["--lr-from-scratch", "2e-3"], script.LR, 2e-3),
+    (["--lr", "3e-4", "--lr-from-scratch", "2e-3"], 3e-4, 2e-3),
+    (["--lr-from-scratch", "2e-3", "--lr", "3e-4"], 3e-4, 2e-3)])
 def test_a_given_learning_rate_holds_for_every_start_unless_both_are_given(words, lr, lr_random_start):
     cfg = settings(*words)
-    assert (cfg.LR, cfg.LR_RANDOM_START) == (lr, lr_random_start)
+    assert (cfg.LR, cfg.LR_FROM_SCRATCH) == (lr, lr_random_start)
 
 
 @pytest.mark.parametrize("words, name, value", [
@@ -169,17 +169,18 @@ def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses
     ("--imgsize 64", "--imgsize"), ("--img 64", "--img"), ("train", "train"), ("--img-size", "--img-size"),
     ("--predict", "--predict"), ("--evaluate --predict a.png", "--evaluate"), ("--resume --audit", "--resume"),
     ("--checkpoint a.pth", "--checkpoint goes.*INIT_WEIGHTS"), ("--audit --checkpoint a.pth", "--checkpoint goes"),
-    ("--img-size large", "--img-size.*large"), ("--img-size 64.5", "IMG_SIZE is 64.5.*whole"),
-    ("--img-size 32", "IMG_SIZE is 32.*64 or more"), ("--img-size 100", "IMG_SIZE is 100.*32"),
+    ("--img-size large", "--img-size.*large"), ("--img-size 64.5", "IMG_SIZE is 64.5.*multiple of 32"),
+    ("--img-size 32", "IMG_SIZE is 32.*from 64 to"), ("--img-size 100", "IMG_SIZE is 100.*32"),
     ("--img-size -64", "IMG_SIZE"), ("--img-size 4128", "IMG_SIZE.*4096"), ("--epochs 0", "EPOCHS"),
     ("--epochs 1e2", "EPOCHS"), ("--batch-size 0", "BATCH_SIZE"), ("--num-workers -1", "NUM_WORKERS"),
     ("--accumulation-steps 0", "ACCUMULATION_STEPS"), ("--cache-gb -1", "CACHE_GB"),
     ("--lr fast", "--lr.*fast"), ("--lr nan", "LR"), ("--lr 0", "LR"), ("--lr inf", "LR"), ("--lr -1e-4", "LR|--lr"),
-    ("--lr-random-start 0", "LR_RANDOM_START"), ("--warmup-steps -1", "WARMUP_STEPS"),
-    ("--warmup-steps 0.5", "WARMUP_STEPS.*whole"), ("--average-epochs -1", "AVERAGE_EPOCHS"),
-    ("--average-epochs nan", "AVERAGE_EPOCHS"), ("--weight-decay -1", "WEIGHT_DECAY"), ("--grad-clip -1", "GRAD_CLIP"),
+    ("--lr-from-scratch 0", "LR_FROM_SCRATCH"), ("--warmup-steps -1", "WARMUP_STEPS"),
+    ("--warmup-steps 0.5", "WARMUP_STEPS.*whole"), ("--ema-epochs -1", "EMA_EPOCHS"),
+    ("--ema-epochs nan", "EMA_EPOCHS"), ("--weight-decay -1", "WEIGHT_DECAY"), ("--grad-clip -1", "GRAD_CLIP"),
     ("--plateau-factor 1", "PLATEAU_FACTOR"), ("--plateau-factor 0", "PLATEAU_FACTOR"),
-    ("--plateau-patience -1", "PLATEAU_PATIENCE"), ("--early-stopping -1", "EARLY_STOPPING"), ("--seed -1", "SEED"),
+    ("--plateau-patience -1", "PLATEAU_PATIENCE"), ("--early-stopping-patience -1", "EARLY_STOPPING_PATIENCE"),
+    ("--seed -1", "SEED"),
     (f"--seed {2**63}", "SEED"), ("--loss hinge", "LOSS.*hinge.*dice_bce, dice_focal, focal_tversky"),
     ("--loss none", "LOSS"), ("--encoder resnet35", "ENCODER.*resnet35"), ("--encoder none", "ENCODER"),
     ("--architecture unet+", "ARCHITECTURE.*unetplusplus"), ("--precision half", "PRECISION.*bfloat16"),
@@ -187,7 +188,11 @@ def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses
     ("--std 0 1 1", "STD"), ("--std 1 1 inf", "STD"), ("--device gpu", "DEVICE.*gpu.*--device cpu"),
     ("--device none", "DEVICE"), ("--data-dir /not/there", "/not/there.*DATA_DIR"), ("--data-dir none", "data folder"),
     # A large data set is read for minutes: a typing error must show before that.
-    ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth")])
+    ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth"),
+    # Names of earlier versions.
+    ("--average-epochs 2", "--average-epochs has a new name: --ema-epochs"),
+    ("--early-stopping=5", "--early-stopping=5 has a new name: --early-stopping-patience"),
+    ("--lr-random-start 1e-3", "has a new name: --lr-from-scratch")])
 def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, named, tmp_path, capsys):
     out = tmp_path / "out"
     err = refused(capsys, *FAST, "--data-dir", tmp_path, "--output-dir", out, *words.split())
@@ -216,7 +221,7 @@ def test_a_batch_holds_an_image_for_every_process(monkeypatch):
         settings("--batch-size", 3)
 
 
-@pytest.mark.parametrize("mode", [["--resume"], ["--audit"], ["--evaluate"], ["--predict", "a.png", "b"]])
+@pytest.mark.parametrize("mode", [["--audit"], ["--evaluate"], ["--predict", "a.png", "b"]])
 def test_weights_to_start_from_may_be_gone_later(mode):
     _, chosen = script.read_settings(["--init-weights", "gone.pth", "--encoder-weights", "gone.pth", *mode])
     assert getattr(chosen, mode[0][2:]) == (mode[1:] or True)
@@ -278,7 +283,7 @@ def test_another_architecture(tmp_path):
 def test_another_metric(tmp_path, capsys):
     """The error of the tumour's size in pixels: wrongly found ones less missed ones."""
     new = "((probabilities >= threshold).flatten(1).sum(1) - masks.flatten(1).sum(1)).double()"
-    copied = edited(tmp_path, "(?<=^    return )ratios", f'{{"size_px": {new}}} | ratios')
+    copied = edited(tmp_path, "(?<=^    return )metrics_from_counts", f'{{"size_px": {new}}} | metrics_from_counts')
     history, record, rows = run_edited(copied, tmp_path)
     sizes = [float(row["size_px"]) for row in rows]
     assert sizes == [float(row["false_positive_px"]) - float(row["false_negative_px"]) for row in rows]
