@@ -42,6 +42,8 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
+import urllib.parse
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,7 @@ DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/, val
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
+UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
 
@@ -80,6 +83,7 @@ CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run i
 IMG_SIZE = 256  # pixels, a multiple of 32, at least 64; the network sees squares of this size
 BATCH_SIZE = 8  # images per forward pass, over all GPUs together, at least 1; halved when memory runs out
 NUM_WORKERS = 4  # processes that augment images, 0 or more (0: none); never more than the available cores
+GREY_PERCENTILES = (0.1, 99.9)  # of a 16-bit or float image: these become 0 and 255; (0, 100): its whole range
 MEAN = (0.485, 0.456, 0.406)  # per-channel mean of RGB values in 0..1 (ImageNet's, as the encoder expects)
 STD = (0.229, 0.224, 0.225)  # per-channel standard deviation, likewise
 
@@ -121,13 +125,14 @@ CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1
 # ===== Images and masks ===============================================================================================
 
 
-def read_image(path: str | Path, height: int | None = None, width: int | None = None) -> np.ndarray:
+def read_image(path: str | Path, height: int | None = None, width: int | None = None,
+               percentiles: tuple = GREY_PERCENTILES) -> np.ndarray:
     """Read any common image file as RGB uint8 [H, W, 3], values 0..255.
 
-    Grey and palette images become RGB, transparency is dropped, and 16-bit images are scaled from their own
-    minimum..maximum to 0..255. An EXIF orientation is applied, unless only the unturned picture has the given
-    height and width (pixels): then the annotation tool did not turn it either.
-    Raises TrainerError when the file is missing, empty or damaged.
+    Grey and palette images become RGB, transparency is dropped. Other numbers than uint8 (16 bit, float, ...) are
+    scaled linearly so that these percentiles of the image become 0 and 255, and clipped: hot pixels change nothing.
+    An EXIF orientation is applied, unless only the stored picture has the given height and width (pixels): then the
+    annotation tool did not apply it either. Raises TrainerError ("PATH: what is wrong") for a file that cannot be used.
     """
     try:
         data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
@@ -135,20 +140,57 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
         raise TrainerError(f"{path}: the file is missing") from None
     except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
         raise TrainerError(f"{path}: {error}") from None
+    pages, inverted = tiff_pages(data.tobytes()) if data[:2].tobytes() in (b"II", b"MM") else (1, False)
+    if pages > 1:
+        raise TrainerError(f"{path}: has more than one page; save each page as a file of its own")
     flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
     with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
         image = cv2.imdecode(data, flags) if data.size else None
         if image is not None and height and image.shape[:2] != (height, width):
-            unturned = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-            image = unturned if unturned.shape[:2] == (height, width) else image
+            stored = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = stored if stored.shape[:2] == (height, width) else image
+        if image is None and data[:2].tobytes() in (b"II", b"MM"):  # 32 and 64 bit, which OpenCV reads as grey only
+            image = np.dstack([cv2.imdecode(data, cv2.IMREAD_ANYDEPTH)] * 3)
     # OpenCV 4 fills up a JPEG that is cut short with grey: an end mark has to follow the last scan.
     if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes().rpartition(b"\xff\xda")[2]:
         image = None
-    if image is None:
-        raise TrainerError(f"{path}: {'not an image, or cut short' if data.size else 'empty'} ({data.size} bytes)")
+    if image is None or image.dtype == object:
+        raise TrainerError(f"{path}: {'not an image, or cut short' if data.size else 'the file is empty'}")
     if image.dtype != np.uint8:
-        image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+        if not np.isfinite(image).all():
+            raise TrainerError(f"{path}: has pixels that are not finite")
+        low, high = np.percentile(image, percentiles)
+        if low == high:  # nearly all pixels are equal
+            low, high = float(image.min()), float(image.max())
+        scaled = (image.astype(np.float64) - low) * (255 / max(high - low, 1e-300))
+        image = np.clip(np.rint(255 - scaled if inverted else scaled), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(image[..., ::-1])
+
+
+def tiff_pages(data: bytes) -> tuple[int, bool]:
+    """(number of pages, whether 0 is white on the first one) of a TIFF file; OpenCV inverts only 8-bit images."""
+    order, pages, inverted = "little" if data[:2] == b"II" else "big", 0, False
+    place = int.from_bytes(data[4:8], order)
+    while 0 < place < len(data) and data[2:4] in (b"*\0", b"\0*") and pages < 9:
+        entries = int.from_bytes(data[place:place + 2], order)
+        for start in range(place + 2, place + 2 + 12 * entries, 12):
+            if pages == 0 and int.from_bytes(data[start:start + 2], order) == 262:  # PhotometricInterpretation
+                inverted = int.from_bytes(data[start + 8:start + 10], order) == 0  # WhiteIsZero
+        place, pages = int.from_bytes(data[place + 2 + 12 * entries:place + 6 + 12 * entries], order), pages + 1
+    return max(1, pages), inverted
+
+
+def orientations(path: str) -> list[np.ndarray]:
+    """The two pictures of a file with an EXIF orientation: as shown, and as stored. Empty for any other file."""
+    try:
+        data = np.fromfile(path, np.uint8)
+        if b"exif" not in data[:65536].tobytes().lower():  # few files have one: decode only those
+            return []
+        shown = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+        stored = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    except (OSError, ValueError, cv2.error):
+        return []
+    return [shown, stored] if shown is not None and not np.array_equal(shown, stored) else []
 
 
 def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -174,12 +216,13 @@ class ImageEntry:
     height: int  # pixels, of the annotation's coordinate system
     width: int
     rle: dict | None = None  # the union of its annotations, as a compressed COCO RLE; None: no tumour
+    annotated: bool = False  # whether it has any annotation, of whatever category
     tumours: int = 0  # annotations that cover at least one pixel
     boxes: int = 0  # those of them that are upright boxes
-    remarks: list[str] = field(default_factory=list)  # what the user should look at
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # what to look at: (kind, which annotation)
     # Set by scan():
     cache_slot: int = -1  # its place in the cache
-    error: str = ""  # why it cannot be read
+    error: str = ""  # why it cannot be used
     digest: str = ""  # of its pixels
     mask_digest: str = ""
     tumour_fraction: float = 0.0  # of the image
@@ -192,19 +235,19 @@ class ImageEntry:
         return np.ascontiguousarray(coco_mask.decode(self.rle))
 
 
-def load_sample(entry: ImageEntry, img_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERCENTILES) -> tuple[np.ndarray, ...]:
     """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
 
     Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
     """
-    image = read_image(entry.path, entry.height, entry.width)
+    image = read_image(entry.path, entry.height, entry.width, percentiles)
     return resize(image, img_size, img_size), resize_mask(entry.mask(), img_size, img_size), image
 
 
 # ===== Annotations ====================================================================================================
 
 ANNOTATION_FILE = "_annotations.coco.json"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
 FEW_PIXELS = 25  # a mask with fewer gets a remark: annotation tools leave such specks behind
 # In the JSON of the synthetic MRI-like images (phantoms) that come with the script:
@@ -216,10 +259,11 @@ class Split:
     """A split as its JSON describes it, and what prepare_data() adds."""
 
     entries: list[ImageEntry]
-    annotations: int  # that count, see CATEGORIES
+    categories: dict[str, list]  # by name: [number of annotations, whether they count as tumour, see CATEGORIES]
     unlisted: int  # image files that the JSON does not list
     is_sample: bool  # the phantoms of this project
-    skipped: int = 0  # images that cannot be read
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # about the split: (kind, example)
+    skipped: int = 0  # images that cannot be used
     near_duplicates: int = 0  # images that look like one in train
 
 
@@ -243,34 +287,57 @@ def run_lengths(counts: str) -> list[int]:
     return runs
 
 
-def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | None, list[str]]:
-    """Rasterise one COCO segmentation with pycocotools.
+def parse_segmentation(segmentation) -> list[np.ndarray] | dict:
+    """The polygons of a COCO segmentation as float64 [N, 2] arrays of x, y in pixels; an RLE dict is returned as it is.
 
-    segmentation: a list of polygons [x1, y1, x2, y2, ...] in pixels, or an RLE dict, compressed or not.
-    Returns (compressed RLE of the union, or None if no polygon is left; remarks for the user).
-    Raises ValueError when it is no segmentation at all.
+    One flat list of numbers, or one list of [x, y] pairs, is read as a single polygon. Raises ValueError for the rest.
     """
     if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        if segmentation.get("size") != [height, width]:
-            raise ValueError(f"its RLE has the size {segmentation.get('size')}, its image {[height, width]}")
+        return segmentation
+    if not isinstance(segmentation, list) or not segmentation:
+        found = f" but {segmentation!r:.20}" if segmentation else ""
+        raise ValueError(f"annotation without polygons or RLE{found}, only a box perhaps: export the data as 'COCO "
+                         "Segmentation'")
+    rows = [row for row in segmentation if isinstance(row, list)]
+    flat, square = [value for row in rows for value in row], len(rows) > 3 and len({len(row) for row in rows}) == 1
+    if any(isinstance(value, bool) for value in flat) or square and len(rows[0]) > 3 and all(
+            type(value) in (int, float) and value in (0, 1) for value in flat):
+        raise ValueError("the segmentation is a mask array: store it as RLE (pycocotools.mask.encode) or as polygons")
+    if not rows or len(rows) >= 3 and all(len(row) == 2 and not isinstance(row[0], list) for row in rows):
+        segmentation = [segmentation]  # a single polygon without the list around it
+    polygons = []
+    for polygon in segmentation:
+        try:
+            xy = np.array(polygon, np.float64)
+            xy = xy.reshape(-1, 2) if xy.ndim < 2 else xy.reshape(len(xy), 2)
+        except OverflowError:
+            raise ValueError("a polygon has coordinates that are too large") from None
+        except (ValueError, TypeError):
+            raise ValueError("a polygon is not a list of x, y pairs") from None
+        if not np.isfinite(xy).all():
+            raise ValueError("a polygon has coordinates that are not finite")
+        polygons.append(xy)
+    return polygons
+
+
+def rasterize(outline: list[np.ndarray] | dict, height: int, width: int) -> tuple[dict | None, list[str]]:
+    """Rasterise what parse_segmentation() returns with pycocotools.
+
+    Returns (compressed RLE of the union, or None if no polygon is left; remarks). Raises ValueError for a wrong RLE.
+    """
+    if isinstance(outline, dict):
+        counts = outline.get("counts")
+        if outline.get("size") != [height, width]:
+            raise ValueError("its RLE has another size than its image",
+                             f"size {outline.get('size')}, image {[height, width]}")
         runs = run_lengths(counts) if isinstance(counts, str) else counts
         if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
             raise ValueError("the counts of its RLE do not add up to height times width")
         # Decoded and encoded again: pycocotools merges RLEs with empty runs, which are correct, to garbage.
         mask = np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(width, height).T
         return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
-    if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError("it has no segmentation, only a box perhaps: export the data as 'COCO Segmentation'")
     polygons, remarks = [], []
-    for polygon in segmentation:
-        try:
-            xy = np.asarray(polygon, np.float64)
-            xy = xy.reshape(-1, 2) if xy.ndim < 2 else xy.reshape(len(xy), 2)
-        except (ValueError, TypeError):
-            raise ValueError("a polygon is not a list of x, y pairs") from None
-        if not np.isfinite(xy).all():
-            raise ValueError("a polygon has coordinates that are not finite")
+    for xy in outline:
         if len(xy) < 3:
             remarks.append("polygon with fewer than three points (ignored)")
             continue
@@ -282,6 +349,40 @@ def segmentation_to_rle(segmentation, height: int, width: int) -> tuple[dict | N
         far = 4 * max(height, width)
         polygons.append(np.clip(xy, -far, 2 * far).ravel().tolist())
     return (coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None), remarks
+
+
+def check_outlines(labels: list[str], outlines: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tuple[list, list]:
+    """Ask whether the outlines of a split, their bounding boxes and their images agree.
+
+    outlines and boxes: float64 [N, 4] (left, top, right, bottom) in pixels, NaN where there is none; sizes: float64
+    [N, 2] (width, height). Returns (problems that make a split unusable, remarks), both as (kind, example).
+    """
+    known, limits = ~np.isnan(outlines[:, 0]), np.tile(sizes, 2)
+    beyond = np.maximum(-outlines, outlines - limits) > np.maximum(2, 0.05 * limits)
+    # In two public data sets edges differ by 0.5 px at most; swapped, mirrored or scaled coordinates by more than this.
+    drawn, boxed = np.clip(outlines, 0, limits), np.clip(boxes, 0, limits)
+    differs = np.abs(drawn - boxed) > np.maximum(2, 0.05 * np.tile(boxed[:, 2:] - boxed[:, :2], 2))
+    problems, remarks = [], []
+    if known.any() and outlines[known].max() <= 1:
+        problems.append(("all coordinates are at most 1: they are fractions of the image, not pixels", ""))
+    elif known.sum() >= 3 and outlines[known].max() <= 100 and sizes[known].min() > 150:
+        problems.append(("all coordinates are at most 100 in larger images: they are percent, not pixels", ""))
+    for wrong, compared, kind, causes in (
+            (beyond, known, "far outside its image", "the images were resized, but not the outlines; x and y, or width "
+             "and height, are swapped"),
+            (differs, known & ~np.isnan(boxes[:, 0]), "that contradicts its bounding box", "x and y are swapped; the "
+             "images were resized, but not the outlines; percent instead of pixels; triples instead of pairs. If the "
+             "boxes are wrong and the outlines right, remove \"bbox\" from the annotations")):
+        found = np.flatnonzero(wrong.any(axis=1))
+        places = [("x {:.0f} to {:.0f}, y {:.0f} to {:.0f}".format(*corners[i, [0, 2, 1, 3]]).replace("nan", "?")
+                   for corners in (outlines, boxes)) for i in found]
+        examples = [f"{labels[i]}, {outline}; its box {box}" for i, (outline, box) in zip(found, places)]
+        if len(found) >= max(3, 0.05 * compared.sum()):
+            kind = f"outline {kind}, {len(found)} of {compared.sum()}. Likely causes: {causes}"
+            problems.append((kind, examples[0]))
+        else:
+            remarks += [(f"outline {kind}", example) for example in examples]
+    return problems, remarks
 
 
 def load_coco(json_path: Path) -> dict:
@@ -313,63 +414,186 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     """
     split_dir, json_path = Path(split_dir), Path(split_dir) / ANNOTATION_FILE
     coco = load_coco(json_path)
-    names = {str(category.get("id")): str(category.get("name")) for category in coco["categories"]}
-    if unknown := sorted(set(categories) - set(names.values())):
+    names = {id_text(category.get("id")): str(category.get("name")) for category in coco["categories"]}
+    chosen = {name.strip(BLANK) for name in categories}
+    if unknown := sorted(chosen - {name.strip(BLANK) for name in names.values()}):
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
-    entries, problems = read_image_entries(coco["images"], split_dir)
-    listed_ids, counted, rles = {str(image.get("id")) for image in coco["images"]}, 0, {}
+    entries, unlisted, problems, remarks = read_image_entries(coco["images"], split_dir)
+    counted = {name: [0, not chosen or name.strip(BLANK) in chosen] for name in names.values()}
+    more = read_annotations(coco, names, counted, bool(chosen), entries)
+    problems, remarks = problems + more[0], remarks + more[1]
+    if problems:
+        raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
+                           "Correct the file, or export it again.")
+    return Split(list(entries.values()), counted, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
+
+
+BLANK = " \t\r\n\u00a0\u200b\u3000\ufeff"  # blanks, visible or not, at the ends of names
+
+
+def id_text(value) -> str:
+    """An id of a COCO file as text: 1, 1.0 and "1" are the same."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def grouped(findings: list[tuple[str, str]], examples: int = 2) -> list[str]:
+    """(kind, example) findings as one sentence for each kind: how many there are, and the first examples."""
+    kinds = {}
+    for kind, example in findings:
+        kinds.setdefault(kind, []).append(example)
+    return [kind + f" ({len(found)} times)" * (len(found) > 1) + f": {'; '.join(found[:examples])}" * bool(found[0])
+            + ", ..." * (len(found) > examples) for kind, found in kinds.items()]
+
+
+def read_annotations(coco: dict, names: dict[str, str], counted: dict[str, list], strict: bool,
+                     entries: dict[str, ImageEntry]) -> tuple[list, list]:
+    """Rasterise the annotations that count into the entries' masks, and count them by category.
+
+    strict: whether an unknown category is a problem. Returns (problems, remarks), both as (kind, example).
+    """
+    problems, remarks, outlines, rles = [], [], [], {}
+    listed_ids = {id_text(image.get("id")) for image in coco["images"]}
     for annotation in coco["annotations"]:
-        label, image_id = f"annotation id {annotation.get('id')}", str(annotation.get("image_id"))
+        number, image_id = annotation.get("id"), id_text(annotation.get("image_id"))
+        category_id = id_text(annotation.get("category_id"))
         if image_id not in listed_ids:
-            problems.append(f"{label} belongs to image id {annotation.get('image_id')}, which the file does not list")
-        entry = entries.get(image_id)
-        if entry is None or categories and names.get(str(annotation.get("category_id"))) not in categories:
+            problems.append(("annotation of an image id that the file does not list",
+                             f"annotation id {number}, image id {annotation.get('image_id')}"))
+        if strict and category_id not in names:
+            problems.append(("annotation with a category id that the file does not list",
+                             f"annotation id {number}, category id {annotation.get('category_id')}"))
+        if (entry := entries.get(image_id)) is None:
             continue
-        counted += 1
+        entry.annotated = True
+        category = counted.setdefault(names.get(category_id, f"unknown id {category_id}"), [0, not strict])
+        category[0] += 1
+        if not category[1]:
+            continue
+        label = f"{entry.file_name}, annotation id {number}"
         try:
-            rle, remarks = segmentation_to_rle(annotation.get("segmentation"), entry.height, entry.width)
+            outlines.append((label, entry, annotation.get("bbox"), parse_segmentation(annotation.get("segmentation"))))
+        except ValueError as error:
+            problems.append((str(error), label))
+    turn_entries(outlines)
+    corners = np.full((2, len(outlines), 4), np.nan)
+    for index, (label, entry, bbox, outline) in enumerate(outlines):
+        try:
+            rle, found = rasterize(outline, entry.height, entry.width)
         except (ValueError, TypeError, OverflowError) as error:
-            problems.append(f"{label} of {entry.file_name}: {error}")
+            kind, *details = map(str, error.args)
+            problems.append((kind, ", ".join([label, *details])))
             continue
         pixels = int(coco_mask.area(rle)) if rle is not None else 0
         if rle is not None and pixels < FEW_PIXELS:
-            remarks.append(f"the mask has only {pixels} pixels")
-        entry.remarks += [f"{label}: {remark}" for remark in remarks]
+            remarks.append((f"mask with fewer than {FEW_PIXELS} pixels", f"{label}, {pixels} pixels"))
+        remarks += [(remark, label) for remark in found]
+        corners[:, index] = outline_corners(outline, rle), box_corners(bbox)
         if pixels:
             entry.tumours += 1
             entry.boxes += pixels == round(float(np.prod(coco_mask.toBbox(rle)[2:])))
-            rles.setdefault(image_id, []).append(rle)
-    if problems:
-        raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{bullet_list(problems)}\n"
-                           "Correct the file, or export it again.")
-    for image_id, parts in rles.items():
-        entries[image_id].rle = coco_mask.merge(parts)
-    paths = {os.path.normcase(entry.path) for entry in entries.values()}
-    unlisted = sum(path.suffix.lower() in IMAGE_SUFFIXES and os.path.normcase(path) not in paths
-                   for path in split_dir.rglob("*"))
-    return Split(list(entries.values()), counted, unlisted, SAMPLE_MARK in str(coco.get("info")))
+            rles.setdefault(id(entry), (entry, []))[1].append(rle)
+    for entry, parts in rles.values():
+        entry.rle = coco_mask.merge(parts)
+    sizes = np.array([(entry.width, entry.height) for _, entry, _, _ in outlines], np.float64).reshape(-1, 2)
+    wrong, odd = check_outlines([label for label, *_ in outlines], *corners, sizes)
+    return wrong + problems, odd + remarks
 
 
-def read_image_entries(images: list[dict], split_dir: Path) -> tuple[dict[str, ImageEntry], list[str]]:
-    """The list of images in a COCO file. Returns (entries by image id, problems as sentences)."""
+def outline_corners(outline: list[np.ndarray] | dict, rle: dict | None) -> np.ndarray:
+    """(left, top, right, bottom) of polygons before they are clipped, or of an RLE, in pixels; NaN if there is none."""
+    if isinstance(outline, dict):
+        return box_corners(coco_mask.toBbox(rle).tolist())
+    xy = np.concatenate([xy for xy in outline if len(xy) > 2] or [np.full((1, 2), np.nan)])
+    return np.concatenate([xy.min(axis=0), xy.max(axis=0)])
+
+
+def box_corners(bbox) -> np.ndarray:
+    """(left, top, right, bottom) of a COCO box [x, y, width, height]; NaN if there is none, or it is all zero."""
+    try:
+        x, y, width, height = (float(value) for value in (bbox if isinstance(bbox, list) else ()))
+    except (TypeError, ValueError, OverflowError):
+        return np.full(4, np.nan)
+    box = np.array([x, y, x + width, y + height])
+    return box if box.any() and np.isfinite(box).all() else np.full(4, np.nan)
+
+
+def turn_entries(outlines: list[tuple]) -> None:
+    """Where outlines leave their image, but fit the picture that an EXIF orientation turns it into, take that.
+
+    Swaps height and width of the entry, so that read_image() picks the picture in which the outlines were drawn.
+    """
+    far = {}
+    for _, entry, _, outline in outlines:
+        if isinstance(outline, list):
+            right, bottom = np.nan_to_num(outline_corners(outline, None)[2:], nan=0)
+            known = far.get(entry.path, (entry, 0, 0))
+            far[entry.path] = entry, max(known[1], right), max(known[2], bottom)
+    for entry, right, bottom in far.values():
+        outside = right > entry.width + 0.5 or bottom > entry.height + 0.5
+        if outside and right <= entry.height + 0.5 and bottom <= entry.width + 0.5 and orientations(entry.path):
+            entry.height, entry.width = entry.width, entry.height
+
+
+def read_image_entries(images: list[dict], split_dir: Path) -> tuple[dict[str, ImageEntry], int, list, list]:
+    """The list of images in a COCO file, each with its file.
+
+    Returns (entries by image id, image files that the list lacks, problems, remarks), both as (kind, example).
+    """
     entries, problems = {}, []
     for number, image in enumerate(images):
-        key, name, size = str(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
+        key, name, size = id_text(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
         inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
         if image.get("id") is None or not isinstance(name, str) or not name:
-            problems.append(f"image entry {number} has no id or no file_name")
+            problems.append(("image without id or file_name", f"image entry {number}"))
         elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
-            problems.append(f"image id {key}: the file name {name!r} points outside its folder")
+            problems.append(("file name that points outside its folder", f"{name!r}, image id {key}"))
         elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
-            problems.append(f"{name}: height {size[0]!r} and width {size[1]!r} must be whole numbers from 1 to "
-                            f"{LARGEST_SIDE} (pixels)")
+            problems.append((f"height and width must be whole numbers from 1 to {LARGEST_SIDE} (pixels)",
+                             f"{name}, height {size[0]!r} and width {size[1]!r}"))
         elif key in entries:
-            problems.append(f"image id {key} is used twice: {entries[key].file_name} and {name}")
+            problems.append(("image id that is used twice", f"image id {key}, {entries[key].file_name} and {name}"))
         else:
             entries[key] = ImageEntry(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
+    unlisted, found = find_files(list(entries.values()), split_dir)
     uses = Counter(os.path.normcase(entry.path) for entry in entries.values())
-    return entries, problems + [f"{Path(path).name} is listed as two images" for path in uses if uses[path] > 1]
+    problems += [("file that is listed as two images", Path(path).name) for path in uses if uses[path] > 1]
+    return entries, unlisted, problems, found
+
+
+def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Give entries whose file is missing the one file that can only be meant: in another folder, or written otherwise.
+
+    Returns (number of image files that no entry names, remarks).
+    """
+    files = [path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    named, remarks = {os.path.normcase(entry.path) for entry in entries}, []
+    free = [path for path in files if os.path.normcase(path) not in named]
+    missing = [entry for entry in entries if not os.path.exists(entry.path)] if free else []
+    places, wanted = {}, Counter(plain_path(entry.file_name).rpartition("/")[2] for entry in missing)
+    for path in free if missing else ():
+        places.setdefault(plain_path(path.name), []).append(path)
+    for entry in missing:
+        name = plain_path(entry.file_name)
+        found = places.get(name.rpartition("/")[2], [])
+        if len(found) > 1 or wanted[name.rpartition("/")[2]] > 1:  # several of one name: their folders have to fit
+            inside = {path: "/" + plain_path(path.relative_to(split_dir)) for path in found}
+            match = [path for path in found if inside[path].endswith("/" + name) or ("/" + name).endswith(inside[path])]
+        else:
+            match = found
+        if len(match) == 1:
+            entry.path = str(match[0])
+            remarks.append(("file found under another name, or in another folder, than the JSON says",
+                            f"{entry.file_name} is {match[0].relative_to(split_dir)}"))
+        elif found:
+            entry.error = "the file is missing; of a similar name are " + ", ".join(
+                str(path.relative_to(split_dir)) for path in found[:3])
+    return len(free) - len(remarks), remarks
+
+
+def plain_path(name: str | Path) -> str:
+    """A path as lower-case text, without %-encoding, in one Unicode form: tools and systems write names differently."""
+    return unicodedata.normalize("NFC", urllib.parse.unquote(str(name))).casefold().replace("\\", "/")
 
 
 # ===== One pass over all files: audit and cache =======================================================================
@@ -377,6 +601,7 @@ def read_image_entries(images: list[dict], split_dir: Path) -> tuple[dict[str, I
 # Correlation of two thumbnails; in the public data most such pairs are slices at most three numbers apart.
 NEAR_DUPLICATE_CORRELATION = 0.95
 NEAR_DUPLICATES = "{} of {} {} images look like an image in train: scores may be too good for new patients"
+LOW_CONTRAST = 2.0  # grey levels of 255: a picture with a smaller standard deviation gets a remark
 
 
 @dataclass
@@ -429,26 +654,43 @@ def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None
     return None
 
 
-def scan(entry: ImageEntry, img_size: int, cache: PixelCache | None) -> None:
+def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     """Read one image file once: fill its cache slot and note what is found. A damaged file is noted, not raised."""
     try:
-        image, mask, full = load_sample(entry, img_size)
+        image, mask, full = load_sample(entry, cfg.IMG_SIZE, cfg.GREY_PERCENTILES)
     except TrainerError as error:
-        entry.error = str(error)
+        entry.error = entry.error or str(error).removeprefix(f"{entry.path}: ")
         return
     if cache is not None:
         cache.pixels(entry.cache_slot, "r+")[:] = np.dstack([image, mask])
-    truth = entry.mask()
+    truth, grey = entry.mask(), cv2.cvtColor(full, cv2.COLOR_RGB2GRAY)
     entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
+    sizes = f"{entry.width}x{entry.height} pixels in the JSON, {full.shape[1]}x{full.shape[0]} in the file"
     if truth.any() and not mask.any():
-        entry.remarks.append(f"the tumour disappears at IMG_SIZE {img_size}")
-    if full.shape[:2] != truth.shape:
-        entry.remarks.append(f"the JSON says {entry.width}x{entry.height} pixels, the file differs (the mask is "
-                             "stretched with the image)")
-    small = resize(cv2.cvtColor(full, cv2.COLOR_RGB2GRAY), 32, 32).astype(np.float32).ravel()
+        entry.remarks.append((f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}", ""))
+    if full.shape[:2] == truth.shape[::-1] != truth.shape:
+        entry.error = f"width and height are swapped in the JSON: {sizes}"
+    elif full.shape[:2] != truth.shape:
+        entry.remarks.append(("file whose size differs from the JSON's (the mask is stretched with it)", sizes))
+    if cv2.meanStdDev(grey)[1] < LOW_CONTRAST:
+        entry.remarks.append(("picture with almost no contrast", ""))
+    if pictures := orientations(entry.path):
+        shown, stored = (picture.shape for picture in pictures)
+        x, y, width, height = cv2.boundingRect(truth)
+        if shown == stored or truth.shape == stored and x + width <= stored[0] and y + height <= stored[1]:
+            entry.remarks.append(("EXIF orientation, and nothing says whether the outlines were drawn in the turned "
+                                  "picture: look at training_samples.png", ""))
+    small = resize(grey, 32, 32).astype(np.float32).ravel()
     small -= small.mean()
     entry.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
+
+
+def split_folder(cfg: Settings, name: str) -> Path:
+    """The folder of a split; valid may also be called val or validation."""
+    names = ("valid", "val", "validation") if name == "valid" else (name,)
+    folders = [Path(cfg.DATA_DIR) / other for other in names]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None) -> tuple[dict, PixelCache | None]:
@@ -457,7 +699,7 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     names: of the splits; "test" may be missing on disk, and is left out then. run_folder: locked by this run; None: no
     cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
-    folder = {name: Path(cfg.DATA_DIR) / name for name in names}
+    folder = {name: split_folder(cfg, name) for name in names}
     if "test" in names and not folder["test"].is_dir():
         log(f"No test folder ({folder.pop('test')}): there will be no test score.")
     splits = {name: read_coco(path, cfg.CATEGORIES) for name, path in folder.items()}
@@ -465,58 +707,89 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
+    if cfg.UNANNOTATED == "skip":
+        for split in splits.values():
+            split.entries = [entry for entry in split.entries if entry.annotated]
     entries = [entry for split in splits.values() for entry in split.entries]
     for slot, entry in enumerate(entries):
         entry.cache_slot = slot
     cache = open_cache(cfg, run_folder, len(entries)) if run_folder else None
-    in_threads(functools.partial(scan, img_size=cfg.IMG_SIZE, cache=cache), entries, "Reading images")
-    bad = [entry.error for entry in entries if entry.error]
+    in_threads(functools.partial(scan, cfg=cfg, cache=cache), entries, "Reading images")
+    bad = [entry for entry in entries if entry.error]
     for split in splits.values():
         good = [entry for entry in split.entries if not entry.error]
         split.skipped, split.entries = len(split.entries) - len(good), good
-    print_audit(splits)
+    print_audit(splits, cfg.CATEGORIES)
+    problems = bullet_list(grouped([(entry.error, entry.path) for entry in bad], 3))
+    for name, split in splits.items():
+        if split.skipped and not split.entries and not any(os.path.exists(entry.path) for entry in bad):
+            raise TrainerError(f"all {split.skipped} image files of {folder[name]} are missing:{problems}\n"
+                               f"They belong into the folder of {ANNOTATION_FILE}.")
     if bad and not cfg.SKIP_BAD_IMAGES:
-        raise TrainerError(f"{len(bad)} image(s) cannot be read:{bullet_list(bad)}\nRepair or remove them, or set "
+        raise TrainerError(f"{len(bad)} image(s) cannot be used:{problems}\nRepair or remove them, or set "
                            "SKIP_BAD_IMAGES = True (--skip-bad-images) to leave them out.")
     if bad:
-        warn(f"leaving out {len(bad)} unreadable image(s):{bullet_list(bad)}")
+        warn(f"leaving out {len(bad)} image(s) that cannot be used:{problems}")
     for name, split in splits.items():
-        if not split.entries or name == "train" and not any(entry.tumour_fraction for entry in split.entries):
-            missing = "tumour pixel" if split.entries else "readable image"
-            raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations and CATEGORIES")
+        if not split.entries or name != "test" and not any(entry.tumour_fraction for entry in split.entries):
+            missing = "tumour pixel" if split.entries else "usable image"
+            why = "; valid chooses the best epoch and the threshold" * (name == "valid")
+            raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations, CATEGORIES and "
+                               f"UNANNOTATED{why}")
         if name == "train" and len(split.entries) < world_size():
             raise TrainerError("there are fewer training images than processes")
     return splits, cache
 
 
-def print_audit(splits: dict[str, Split]) -> None:
+def print_audit(splits: dict[str, Split], categories: tuple) -> None:
     """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
-    columns, remarks, first_seen = [], find_near_duplicates(splits), {}
-    tumours, boxes = (sum(getattr(entry, name) for split in splits.values() for entry in split.entries)
-                      for name in ("tumours", "boxes"))
-    if boxes and boxes >= 0.95 * tumours:
-        remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
+    columns, first_seen, same, single = [], {}, [], []
+    findings = [(remark, "") for remark in [*find_near_duplicates(splits), *split_remarks(splits, categories)]]
+    ignored = {name: not counts for split in splits.values() for name, (_, counts) in split.categories.items()}
     for name, split in splits.items():
         percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
         columns.append({
-            "Data": name, "images": len(split.entries), "unreadable images": split.skipped,
-            "annotations": split.annotations,
+            "Data": name, "images": len(split.entries), "unusable images": split.skipped,
+            **{f"annotations: {category[:18]}" + " (ignored)" * hidden: split.categories.get(category, [0])[0]
+               for category, hidden in ignored.items()},
+            "without annotation": sum(not entry.annotated for entry in split.entries),
             "without tumour": sum(not entry.tumour_fraction for entry in split.entries),
             "several tumours": sum(entry.tumours > 1 for entry in split.entries),
             "smallest tumour, % of image": f"{min(percent):.3f}",
             "median tumour, % of image": f"{np.median(percent):.3f}",
             "largest tumour, % of image": f"{max(percent):.3f}",
             "files that the JSON does not list": split.unlisted})
+        single += [(kind, f"{name}/{example}") for kind, example in split.remarks]
         for entry in split.entries:
-            label = f"{name}/{entry.file_name}"
-            remarks += [f"{label}: {remark}" for remark in entry.remarks]
-            entry.thumbnail = None  # no longer needed, and not to be sent to workers
+            label, entry.thumbnail = f"{name}/{entry.file_name}", None  # it is not to be sent to workers
+            single += [(kind, label + f", {detail}" * bool(detail)) for kind, detail in entry.remarks]
             split_of_first, first = first_seen.setdefault(entry.digest, (name, label))
             if first != label:
-                leak = " (the same picture in two splits makes scores too good)" if split_of_first != name else ""
-                remarks.insert(0 if leak else len(remarks), f"{label}: same picture as {first}{leak}")
-    log("\n" + "\n".join(row.ljust(35) + "".join(f"{column[row]!s:>10}" for column in columns) for row in columns[0]))
-    log(f"\n{len(remarks)} remark(s), please check:{bullet_list(remarks)}\n" if remarks else "")
+                leak = split_of_first != name
+                same.append((leak, ("same picture in two splits, which makes scores too good" if leak else
+                                    "same picture twice", f"{label} is {first}")))
+    findings += [finding for _, finding in sorted(same, key=lambda pair: not pair[0])] + single
+    log("\n" + "\n".join(row.ljust(41) + "".join(f"{column[row]!s:>9}" for column in columns) for row in columns[0]))
+    log(f"\n{len(findings)} remark(s), please check:{bullet_list(grouped(findings), 40)}\n" if findings else "")
+
+
+def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
+    """Remarks about whole splits: boxes, images without annotation, several categories. As sentences."""
+    remarks, entries = [], [entry for split in splits.values() for entry in split.entries]
+    tumours, boxes = sum(entry.tumours for entry in entries), sum(entry.boxes for entry in entries)
+    if boxes and boxes >= 0.95 * tumours:
+        remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
+    if missing := sum(not entry.annotated for entry in entries):
+        remarks.append(f"{missing} of {len(entries)} images have no annotation: they are trained on, and scored, as "
+                       "free of tumour. If nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
+    used = Counter()
+    for split in splits.values():
+        used.update({name: count for name, (count, _) in split.categories.items() if count})
+    if len(used) > 1 and not categories:
+        names = [name for name, _ in used.most_common()]
+        remarks.append(f"all categories count as tumour: {', '.join(names)}. To choose, set CATEGORIES (--categories "
+                       f"\"{names[0]}\")")
+    return remarks
 
 
 def find_near_duplicates(splits: dict[str, Split]) -> list[str]:
@@ -587,13 +860,15 @@ class BrainTumorDataset(torch.utils.data.Dataset):
 
     def __init__(self, split_dir: str | Path, img_size: int = IMG_SIZE, train: bool = False, seed: int = SEED,
                  normalize: bool = True, categories: tuple = CATEGORIES, mean: tuple = MEAN, std: tuple = STD,
-                 entries: list[ImageEntry] | None = None, cache: PixelCache | None = None):
+                 entries: list[ImageEntry] | None = None, cache: PixelCache | None = None,
+                 percentiles: tuple = GREY_PERCENTILES):
         """entries and cache: of a split that prepare_data() has checked; without them the JSON is read here.
 
         Raises TrainerError when the split cannot be used.
         """
         self.entries = read_coco(split_dir, categories).entries if entries is None else entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
+        self.percentiles = percentiles
         self.transform = build_transform(train, normalize, mean, std)
 
     def __len__(self) -> int:
@@ -602,7 +877,7 @@ class BrainTumorDataset(torch.utils.data.Dataset):
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The resized, not augmented image: RGB uint8 [S, S, 3] and mask uint8 0/1 [S, S]."""
         if self.cache is None:
-            return load_sample(self.entries[index], self.img_size)[:2]
+            return load_sample(self.entries[index], self.img_size, self.percentiles)[:2]
         pixels = self.cache.pixels(self.entries[index].cache_slot)
         return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), cv2.extractChannel(pixels, 3)  # copies, and fast ones
 
@@ -980,7 +1255,7 @@ def train_one_epoch(model: torch.nn.Module, loader, criterion, optimizer: torch.
         images_seen += images_in_step
         if after_step:
             after_step()
-    return sum(gather(float(loss_sum))) / float(images_seen)  # every process has counted all images of a step
+    return sum(gather(float(loss_sum))) / float(images_seen)  # images_seen is a sum over processes already
 
 
 @torch.inference_mode()
@@ -1064,7 +1339,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, cfg, self.weights_from)
         self.warmup, self.plateau = build_schedulers(self.optimizer, cfg)
         self.scaler = make_scaler(cfg.PRECISION, device)
-        self.saved_best_epoch, self.plotted = 0, -math.inf  # what save_run() has written: which epoch, and when
+        self.saved_best_epoch, self.plotted = 0, -math.inf  # by save_run(): best epoch on disk, time of last plot
         if state:
             self.load_state(state)
         if cfg.COMPILE:
@@ -1116,7 +1391,7 @@ class Trainer:
         torch._foreach_lerp_(self.ema_values, self.model_values, 1 - decay)
 
     def sync_batchnorm_statistics(self) -> None:
-        """Give all processes the first one's running statistics, which are those that are saved."""
+        """Copy BatchNorm's counters to the EMA, and give all processes the first one's EMA statistics."""
         for averaged, current in zip(self.ema.buffers(), self.model.buffers()):
             if not current.is_floating_point():  # BatchNorm's count of batches, of which there is no average
                 averaged.copy_(current)
@@ -1124,7 +1399,7 @@ class Trainer:
                 dist.broadcast(averaged, 0)
 
     def check_finite(self, train_loss: float, valid_loss: float) -> None:
-        """Raise FloatingPointError unless losses, weights and optimizer state are finite; so nothing else is saved."""
+        """Raise FloatingPointError unless losses, weights and optimizer state are finite; so only that is saved."""
         values = itertools.chain(self.model.parameters(), self.ema.state_dict().values(),
                                  *(moments.values() for moments in self.optimizer.state.values()))
         if not math.isfinite(train_loss + valid_loss):
@@ -1188,14 +1463,14 @@ def format_metrics(scores: dict[str, float]) -> str:
 
 
 def train(cfg: Settings, resume: bool, requested: dict) -> None:
-    """Train, keep the best model, then evaluate it. requested: the settings before any safer one, for the state."""
+    """Train, keep the best model, then evaluate it. requested: the settings as the user asked for them."""
     device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
     if resume:
         file = vars(default_settings())
         differs = [f"{name} = {value!r} (file: {file[name]!r})" for name, value in vars(cfg).items()
-                   if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR")]
+                   if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR", "DEVICE")]
         log(f"Settings of this run that differ from the file: {', '.join(differs) or 'none'}")
     STOP.saved = resume
     with locked_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
@@ -1216,13 +1491,13 @@ def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], ca
                requested: dict) -> tuple[str, bool] | None:
     """Build the trainer, from the saved state if resume, and train to the end.
 
-    Returns None, or (reason, whether memory ran out) if the same may succeed with a safer setting. A function of its
+    Returns None, or (reason, whether memory ran out) if a retry with a safer setting may succeed. A function of its
     own: when it returns, trainer, loaders and workers are gone, and the next try finds their memory free.
     """
     output, loaders = Path(cfg.OUTPUT_DIR), {}
     for name in ("train", "valid"):
         dataset = BrainTumorDataset(Path(cfg.DATA_DIR) / name, cfg.IMG_SIZE, name == "train", cfg.SEED, False,
-                                    entries=splits[name].entries, cache=cache)
+                                    entries=splits[name].entries, cache=cache, percentiles=cfg.GREY_PERCENTILES)
         loaders[name] = make_loader(dataset, cfg, train=name == "train")
     steps_per_epoch = math.ceil(len(loaders["train"]) / cfg.ACCUMULATION_STEPS)
     state = read_state(output) if resume else None
@@ -1259,7 +1534,7 @@ def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], ca
 def choose_safer_setting(cfg: Settings, device: torch.device, reason: str, out_of_memory: bool) -> None:
     """After a failure: float32, or smaller batches with as many images per step.
 
-    Raises TrainerError if neither is left, or if there are several processes, which cannot go back together.
+    Raises TrainerError if neither is left, or if there are several processes, which this script does not restart.
     """
     if out_of_memory:
         reason = f"memory ran out ({reason})"
@@ -1271,16 +1546,16 @@ def choose_safer_setting(cfg: Settings, device: torch.device, reason: str, out_o
         times = cfg.BATCH_SIZE // sizes[-1]
         safer = {"BATCH_SIZE": sizes[-1], "ACCUMULATION_STEPS": times * cfg.ACCUMULATION_STEPS}
     else:
-        if amp_dtype(cfg.PRECISION, device) == torch.float32 and rank() == 0:
+        if rank():  # all processes find the same; the first one says it
+            sys.exit(1)
+        if amp_dtype(cfg.PRECISION, device) == torch.float32:
             best = Path(cfg.OUTPUT_DIR) / BEST
-            start = f"from the best model so far: --init-weights \"{best}\"" if best.is_file() else "with"
+            start = f"from the best model so far: --init-weights \"{best}\"" if best.is_file() else "with:"
             raise TrainerError(f"{reason}, in float32, and it would happen again. Look at training_samples.png for "
                                "damaged data, or start a new run with a smaller learning rate "
                                f"{start} --lr {cfg.LR / 10:g} --output-dir NEW_FOLDER", 1)
         safer = {"PRECISION": "float32"}
     if world_size() > 1:
-        if rank() and not out_of_memory:  # all processes find the same; the first one says it
-            sys.exit(1)
         flags = " ".join(f"{flag_name(name)} {value}" for name, value in safer.items())
         raise TrainerError(f"{reason}. To continue after the last saved epoch with a safer setting, add to the same "
                            f"command: --resume {flags}", 1)
@@ -1298,8 +1573,10 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
         "settings": dict(vars(cfg)),
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
         "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
-        "data_counts": {name: {"images": len(split.entries), "annotations": split.annotations,
+        "data_counts": {name: {"images": len(split.entries),
+                               "annotations": sum(count for count, counts in split.categories.values() if counts),
                                "without_tumour": sum(entry.rle is None for entry in split.entries),
+                               "without_annotation": sum(not entry.annotated for entry in split.entries),
                                "skipped": split.skipped, "near_duplicates": split.near_duplicates}
                         for name, split in splits.items()}}
 
@@ -1310,6 +1587,7 @@ BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
              "test_metrics.csv", "test_predictions.png", LAST)
 FORMAT = 4  # of the state in LAST
+EVALUATED = ("threshold", "valid_metrics", "test_metrics")  # what evaluate_checkpoint() adds to the JSON
 PLOT_SECONDS = 300.0  # between two plots of the history, which take as long as a short epoch
 # A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
 RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING_PATIENCE", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE",
@@ -1327,8 +1605,8 @@ def portable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def save_run(trainer: Trainer, metadata: dict, requested: dict) -> None:
     """Write the state, and then what follows from it: best weights, their JSON, table and, now and then, the plot.
 
-    metadata: of describe_run(). requested: the settings before any safer one. Each file is replaced as a whole. The
-    state holds the best weights too: after a kill between any two files, the first save of the resumed run, which
+    metadata: of describe_run(). requested: the settings as the user asked for them. Each file is replaced as a whole.
+    The state holds the best weights too: after a kill between any two files, the first save of the resumed run, which
     writes all of them, mends the rest. Raises TrainerError; what was saved before is unharmed.
     """
     cfg, output = trainer.cfg, Path(trainer.cfg.OUTPUT_DIR)
@@ -1337,6 +1615,9 @@ def save_run(trainer: Trainer, metadata: dict, requested: dict) -> None:
         "file": settings_in_file(), "requested": requested, "used": used}}
     write_file(output / LAST, lambda file: torch.save(state, file), required=True)
     if trainer.best_epoch != trainer.saved_best_epoch:
+        known = {} if trainer.saved_best_epoch else read_metadata(output / BEST)[0]
+        if known.get("best_epoch") == trainer.best_epoch:  # a resumed run keeps the scores of its best model
+            metadata = metadata | {name: known[name] for name in EVALUATED if name in known}
         content = io.BytesIO()
         torch.save(trainer.best_weights, content)
         write_file(output / BEST, content.getbuffer(), required=True)
@@ -1394,8 +1675,15 @@ def archive_earlier_run(output: Path) -> None:
     stamp = time.strftime("earlier_run_%Y%m%d-%H%M%S", time.localtime(files[-1].stat().st_mtime))
     folder = next(path for number in itertools.count(1) if not (path := output / f"{stamp}_{number}").exists())
     folder.mkdir()
-    for file in files:
-        os.replace(file, folder / file.name)
+    try:
+        for file in files:
+            os.replace(file, folder / file.name)
+    except OSError as error:  # on Windows, files that another program has open cannot be moved
+        for moved in folder.iterdir():
+            os.replace(moved, output / moved.name)
+        folder.rmdir()
+        raise TrainerError(f"cannot move the earlier run of {output} out of the way ({error}). Close the program that "
+                           "has the file open, or choose another folder with OUTPUT_DIR (--output-dir)", 1) from None
     log(f"The earlier run of this folder is now in {folder}.")
     if files[-1].name == LAST:
         log(f"To continue it, stop this one (Ctrl-C) and start the script with: --resume --output-dir \"{folder}\"")
@@ -1404,12 +1692,16 @@ def archive_earlier_run(output: Path) -> None:
 # ===== Evaluation and prediction, through the same path ===============================================================
 
 THRESHOLDS = np.round(np.arange(0.05, 0.96, 0.05), 2)
+CONFIDENT = np.float32(THRESHOLDS[-1])  # tumour probability; on CONFIDENT_FRACTION of the pixels the model is confident
+# Of a set whose images without annotation show tumours, 95 % were confident predictions after training (annotated ones:
+# 98 %); of a set with true negatives, 30 % (58 %), by an undertrained model.
+CONFIDENT_FRACTION = 0.002
 
 
 def prediction_settings(cfg: Settings) -> dict:
     """What predict_mask() has to know beside the weights."""
     return {"img_size": cfg.IMG_SIZE, "mean": cfg.MEAN, "std": cfg.STD, "threshold": 0.5,
-            "test_time_augmentation": cfg.TEST_TIME_AUGMENTATION}
+            "test_time_augmentation": cfg.TEST_TIME_AUGMENTATION, "grey_percentiles": cfg.GREY_PERCENTILES}
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
@@ -1425,11 +1717,14 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     settings = prediction_settings(cfg)
     if problem:
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
+    if {*Trainer.STATEFUL} <= {*weights}:
+        raise TrainerError(f"{checkpoint} is the state of a run, for --resume; the model is {BEST}")
     model = build_model(metadata.get("encoder", cfg.ENCODER), None,
                         metadata.get("architecture", "unetplusplus" if metadata else cfg.ARCHITECTURE))[0]
     load_weights(model, weights, checkpoint)
     model.metadata = metadata
-    settings["test_time_augmentation"] &= not metadata  # a JSON without it is from before there was any
+    if metadata:  # what a JSON lacks is from before the script had it
+        settings |= {"test_time_augmentation": False, "grey_percentiles": (0, 100)}
     model.prediction_settings = {name: metadata.get(name, value) for name, value in settings.items()}
     device = torch.device(device or cfg.DEVICE)
     return model.to(device, memory_format=memory_format(device)).eval()
@@ -1452,7 +1747,8 @@ def predict_probability(model: torch.nn.Module, image: np.ndarray, height: int, 
 def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
     """Segment one image: RGB uint8 [H, W, 3] in, mask uint8 [H, W] out, 1 where there is tumour.
 
-    Raises ValueError for any other kind of image.
+    The model is left in eval mode: in training mode, images would change its BatchNorm statistics, and several threads
+    would disturb each other. Raises ValueError for any other kind of image.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
         raise ValueError("image must be an RGB uint8 array [H, W, 3], as read_image() returns; got "
@@ -1460,10 +1756,11 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
     if not hasattr(model, "prediction_settings"):
         model.prediction_settings = prediction_settings(default_settings())
         warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
-    size, training = model.prediction_settings["img_size"], model.training
+    if any(module.training for module in model.modules()):  # not the model alone: another thread may be on its way
+        model.eval()
+    size = model.prediction_settings["img_size"]
     small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
-    probability = predict_probability(model.eval(), small, *image.shape[:2])
-    model.train(training)
+    probability = predict_probability(model, small, *image.shape[:2])
     return binarize(probability, model.prediction_settings["threshold"])
 
 
@@ -1482,12 +1779,13 @@ def counts_per_threshold(probability: np.ndarray, mask: np.ndarray, thresholds: 
 
 
 def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict[str, float]:
-    """All scores of one image at the annotation's resolution: a row of test_metrics.csv."""
+    """All scores of one image at the annotation's resolution: a row of test_metrics.csv; and confident_px."""
     prediction = binarize(probability, threshold)
     tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
     row = {name: float(value) for name, value in image_metrics(*tensors, threshold).items()}
     lesions = zip(("lesions", "lesions_found", "false_lesions"), count_lesions(prediction, mask))
-    return row | {"hd95_px": hd95(prediction, mask)} | dict(lesions)
+    confident = float((probability >= CONFIDENT).sum())
+    return row | {"hd95_px": hd95(prediction, mask), "confident_px": confident} | dict(lesions)
 
 
 def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, name: str) -> list:
@@ -1506,7 +1804,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
     metadata, settings = model.metadata, model.prediction_settings
     settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
     dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], entries=split.entries,
-                                       cache=cache) for name, split in splits.items()}
+                                       cache=cache, percentiles=settings["grey_percentiles"])
+               for name, split in splits.items()}
     counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], counts_per_threshold, "valid"))).double()
     dice = metrics_from_counts(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
@@ -1517,14 +1816,20 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
     log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Means over images at the original resolution;\n"
         "both masks empty scores 1, only one of them empty 0:")
     log(f"  valid  {len(counts)} images  {format_metrics(metadata['valid_metrics'])}")
+    confident = {"valid": counts[:, -1, :2].sum(dim=1).tolist()}  # pixels
     if "test" in dataset:
         rows = evaluate_split(model, dataset["test"], functools.partial(score_test_image, threshold=threshold), "test")
+        confident["test"] = [row.pop("confident_px") for row in rows]
         metadata["test_metrics"] = report_test(rows)
         entries = dataset["test"].entries
         write_table(output / "test_metrics.csv", [
             {"file_name": entry.file_name} | {name: f"{value:.10g}" for name, value in row.items()}
             for entry, row in zip(entries, rows)])
         plot_predictions(output / "test_predictions.png", model, entries, np.array([row["dice"] for row in rows]))
+        if not any(entry.rle for entry in entries):
+            log("  No image of test has a tumour: its scores only count false alarms.")
+    for name, pixels in confident.items():
+        report_unannotated(name, dataset[name].entries, pixels)
     for name, found in metadata.get("data_counts", {}).items():
         if found.get("near_duplicates"):
             log(f"  {NEAR_DUPLICATES.format(found['near_duplicates'], found['images'], name)}")
@@ -1533,6 +1838,16 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
     if str(metadata.get("encoder_weights_from")).startswith("random ("):
         warn("this model started from RANDOM weights, because the ImageNet weights were not available "
              f"{metadata['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they could be.")
+
+
+def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[float]) -> None:
+    """Warn if the model is confident of a tumour in at least half of the images without annotation (five or more)."""
+    empty = [(entry, pixels) for entry, pixels in zip(entries, confident_px) if not entry.annotated]
+    found = [entry.file_name for entry, pixels in empty if pixels >= CONFIDENT_FRACTION * entry.height * entry.width]
+    if len(empty) >= 5 and len(found) >= len(empty) / 2:
+        warn(f"in {len(found)} of {len(empty)} images of {name} without annotation, a tumour is predicted with "
+             "confidence.\nPerhaps nobody annotated them: the scores above count these predictions as mistakes.\n"
+             f"Look at {', '.join(found[:3])}, and see UNANNOTATED.")
 
 
 def report_test(rows: list[dict[str, float]]) -> dict:
@@ -1550,41 +1865,57 @@ def report_test(rows: list[dict[str, float]]) -> dict:
     return metrics | found
 
 
-def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
-    """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
-
-    Nothing that exists is overwritten: a taken name gets a number. Masks, overlays and pictures of runs, as their names
-    tell, are left out of folders.
-    """
-    files, bad = [], []
+def find_images(sources: list[str]) -> list[Path]:
+    """Image files, and all images of folders but masks and results, as their names tell. Prints what is left out."""
+    files, left_out = [], Counter()
     for source in map(Path, sources):
         if not source.exists():
             raise TrainerError(f"no such file or folder: {source}")
-        found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-        own = {path for path in found
-               if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?\.png$", path.name)}
-        if own:
-            log(f"Left out {len(own)} file(s) of {source} that are named like results of this script.")
-        files += [source] if source.is_file() else [path for path in found if path not in own]
+        if source.is_file():
+            files.append(source)
+            continue
+        refused = lambda error: left_out.update([f"folder that cannot be read ({error.filename})"])  # noqa: E731
+        for folder, _, names in os.walk(source, onerror=refused):
+            for path in (Path(folder) / name for name in sorted(names)):
+                if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?$", path.stem):
+                    left_out["named like a mask or a result of this script"] += 1
+                elif path.suffix.lower() in IMAGE_SUFFIXES:
+                    files.append(path)
+                else:
+                    left_out["".join(path.suffixes[-2:]).lower() or "without suffix"] += 1
+    for kind, count in left_out.items():
+        log(f"Left out: {count} x {kind}")
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
+    """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
+
+    Nothing that exists is overwritten: a taken name gets a number. A file that cannot be read, or whose results cannot
+    be written, does not end the others; TrainerError lists them at the end.
+    """
+    files, bad = find_images(sources), []
     model = load_model(checkpoint, cfg=cfg)
     for path in progress(files, "Predicting"):
         try:
-            image = read_image(path)
+            image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
+            mask, stem = predict_mask(model, image), path.stem
+            while len(os.fsencode(stem)) > 200:  # names may have 255 bytes
+                stem = stem[:-1]
+            for number in itertools.count(1):
+                targets = [f"{stem}_{kind}{f'_{number}' * (number > 1)}.png" for kind in ("mask", "overlay")]
+                if not any((Path(cfg.OUTPUT_DIR) / name).exists() for name in targets):
+                    break
+            for name, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
+                write_image(Path(cfg.OUTPUT_DIR) / name, picture)
         except TrainerError as error:
             bad.append(str(error))
             continue
-        mask = predict_mask(model, image)
-        for number in itertools.count(1):
-            targets = [f"{path.stem}_{kind}{f'_{number}' * (number > 1)}.png" for kind in ("mask", "overlay")]
-            if not any((Path(cfg.OUTPUT_DIR) / name).exists() for name in targets):
-                break
-        for name, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
-            write_image(Path(cfg.OUTPUT_DIR) / name, picture)
         log(f"{path}: {100 * mask.mean():.2f} % tumour -> {', '.join(targets)}")
     if bad:
-        raise TrainerError(f"{len(bad)} of {len(files)} file(s) could not be read:{bullet_list(bad)}")
+        raise TrainerError(f"{len(bad)} of {len(files)} file(s) failed:{bullet_list(bad)}")
 
 
 # ===== Pictures =======================================================================================================
@@ -1654,7 +1985,8 @@ def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntr
         cases |= {i: label for i in part if i not in cases}
     rows = []
     for i in (i for i in order if i in cases):
-        image, truth = read_image(entries[i].path, entries[i].height, entries[i].width), entries[i].mask()
+        percentiles = model.prediction_settings["grey_percentiles"]
+        image, truth = read_image(entries[i].path, entries[i].height, entries[i].width, percentiles), entries[i].mask()
         image = resize(image, *truth.shape)
         mask = predict_mask(model, image)
         rows.append([(image, f"{cases[i]}: ...{Path(entries[i].file_name).name[-24:]}"), (truth, "truth"),
@@ -1672,7 +2004,10 @@ def at_least(least: int | float) -> tuple:
 
 RULES = {  # what a setting must satisfy, in words and as a test
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
+    "UNANNOTATED": ('"tumour-free" or "skip"', lambda v: v in ("tumour-free", "skip")),
     "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
+    "GREY_PERCENTILES": ("two numbers from 0 to 100, the smaller one first",
+                         lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100),
     "IMG_SIZE": ("a multiple of 32, from 64 to 4096", lambda v: type(v) is int and v in range(64, 4097, 32)),
     "BATCH_SIZE": ("a whole number, 1 or more, and at least the number of processes",
                    lambda v: type(v) is int and max(1, int(os.environ.get("WORLD_SIZE", 1))) <= v < 2**63),
@@ -1705,9 +2040,10 @@ RENAMED = {"--average-epochs": "--ema-epochs", "--lr-random-start": "--lr-from-s
 
 
 def default_settings() -> Settings:
-    """The constants, as they are now; lists as tuples."""
+    """The constants, as they are now; lists as tuples and paths as text, which can be saved with the run."""
     values = {name: globals()[name] for name in CONSTANTS}
-    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    plain = {list: tuple, type(Path()): str}
+    return Settings(**{name: plain.get(type(value), lambda same: same)(value) for name, value in values.items()})
 
 
 def settings_in_file() -> dict:
@@ -1775,6 +2111,9 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     if "LR" in given:  # the user's choice is for all weights
         given.setdefault("LR_FROM_SCRATCH", given["LR"])
     cfg = Settings(**vars(default_settings()) | given)
+    for name in ("DATA_DIR", "OUTPUT_DIR", "ENCODER_WEIGHTS", "INIT_WEIGHTS"):
+        if isinstance(getattr(cfg, name), str):
+            setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))  # --output-dir=~/x is not expanded by shells
     if cfg.DATA_DIR:
         cfg.DATA_DIR = os.path.abspath(cfg.DATA_DIR)  # a run may be resumed from another working directory
     if mode.checkpoint and not (mode.evaluate or mode.predict):
@@ -1796,12 +2135,14 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> dict:
     """
     file, requested, changed = settings_in_file(), {}, []
     for name, value in vars(cfg).items():
-        # A constant that the saved run does not know was not changed since.
+        # A constant that is newer than the saved run counts as unchanged.
         in_file, before, used = (saved[kind].get(name, file[name]) for kind in ("file", "requested", "used"))
         requested[name] = given.get(name, file[name]) if name == "DEVICE" else value
         if name == "OUTPUT_DIR" or (value != before if name in given else file[name] != in_file):
             if value != used and name not in RESUME_MAY_CHANGE:
                 changed.append(f"{name}: saved {used!r}, now {value!r}")
+        elif name == "DATA_DIR" and in_file is None and not os.path.isdir(used):
+            requested[name] = value  # script and data have moved together
         else:
             requested[name] = before
             setattr(cfg, name, default_settings().DEVICE if name == "DEVICE" and used is None else used)
@@ -1859,12 +2200,16 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     else:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
-        # What counts as tumour, and the size of the images, are those of the run that made the checkpoint.
+        # What counts as tumour, and how images are read, are those of the run that made the checkpoint.
         metadata = read_metadata(checkpoint)[0]
-        categories = tuple(metadata.get("settings", {}).get("CATEGORIES", cfg.CATEGORIES))
-        if categories != cfg.CATEGORIES:
-            log(f"CATEGORIES is {cfg.CATEGORIES} here; evaluated is what the model was trained on: {categories}.")
-        cfg.CATEGORIES, cfg.IMG_SIZE = categories, metadata.get("img_size", cfg.IMG_SIZE)
+        for name in ("CATEGORIES", "UNANNOTATED"):
+            trained = metadata.get("settings", {}).get(name, getattr(cfg, name))
+            trained = tuple(trained) if isinstance(trained, list) else trained
+            if trained != getattr(cfg, name):
+                log(f"{name} is {getattr(cfg, name)!r} here; evaluated is what the model was trained on: {trained!r}.")
+            setattr(cfg, name, trained)
+        cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
+        cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
         with locked_data(cfg, ["valid", "test"], checkpoint.parent, Path(cfg.OUTPUT_DIR)) as (splits, cache):
             evaluate_checkpoint(cfg, checkpoint, splits, cache)
 
@@ -1959,7 +2304,7 @@ def world_size() -> int:
 
 
 def gather(value) -> list:
-    """The picklable values of all processes, in the order of their ranks; so all of them have come this far."""
+    """The picklable values of all processes, in the order of their ranks. Also a barrier."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -1981,7 +2326,7 @@ def start_processes(cfg: Settings) -> None:
 
 
 def end_processes() -> None:
-    """Part from the other processes, after all have come this far; the first one goes on alone."""
+    """Leave the process group, after all processes have come this far; the first one goes on alone."""
     if dist.is_initialized():
         # PyTorch 2.6 hangs while it ends a group whose thread still has to let go of a tensor: keep the last one.
         last = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -2004,9 +2349,8 @@ def on_first(work, is_first: bool) -> list:
         raise
     finally:
         results = gather((result, code))
-    for _, code in results:
-        if code:
-            sys.exit(code)
+    if failed := [code for _, code in results if code]:
+        sys.exit(failed[0])
     return [result for result, _ in results]
 
 
@@ -2141,8 +2485,8 @@ def write_file(path: Path, content, required: bool = False) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
-            raise
+        if not isinstance(error, (OSError, RuntimeError)) or is_out_of_memory(error):
+            raise  # a full disk is an OSError, or in torch.save a RuntimeError
         if required:
             how = HOW_TO_RESUME if STOP.saved else "Then start again."
             raise TrainerError(f"cannot write {path}: {error}\nWhat was saved before is unharmed. Free disk space, or "
@@ -2195,7 +2539,8 @@ def main(argv: list[str] | None = None) -> int:
     # Where workers come from a fork server, they share what it has imported.
     multiprocessing.set_forkserver_preload(["albumentations", "segmentation_models_pytorch", "matplotlib.figure"])
     STOP.signum, STOP.saved, code, message = 0, False, 0, ""
-    handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot handle signals
+    handlers = {number: signal.signal(number, STOP) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
     try:
         run_mode(*read_settings(argv))
     except (Interrupted, KeyboardInterrupt):
@@ -2216,11 +2561,11 @@ def main(argv: list[str] | None = None) -> int:
         gc.collect()  # lets go of the frames of a failed run, and so ends its workers
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if message:
+        print(f"error{f' (process {rank()})' if rank() else ''}: {message}", file=sys.stderr, flush=True)
     if STOP.signum:
         code, STOP.signum = 128 + STOP.signum, 0
         log(f"\nStopped. {HOW_TO_RESUME if STOP.saved else ''}")
-    elif message:
-        print(f"error{f' (process {rank()})' if rank() else ''}: {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -12,14 +12,15 @@ value of all repeats are printed, as Markdown and as JSON. Compare numbers of on
   original        from-scratch U-Net (64 ... 1024 channels), float32, Adam, BCE + Dice, flips and brightness, every
                   image decoded, its polygons filled by OpenCV, resized by INTER_LINEAR in every epoch; saves nothing
   this            brain_tumor_integrated_smp.py through its own functions, from random weights
-  unsaved         (epoch only) the same, but nothing is saved between epochs: what the bookkeeping costs
+  unsaved         (epoch only) the same, but nothing is saved: what saving costs
   straightforward (loader only) this script's decoding, rasterising, resizing, augmentation and normalisation, but for
                   every image in every epoch and with float32 tensors as batches: what the cache and uint8 batches save
 
-An epoch is all that a run does from one printed line to the next: training, validation, and saving where that is
-due (SAVE_SECONDS). Validation Dice is scored alike for all: the mean over images at the network's
-size, threshold 0.5, against the masks of this script. The part "accuracy" compares it after every epoch, with another
-seed in each repeat; its seconds are training and what is read before it, without validation and saving, for both.
+An epoch is all that a run does from one printed line to the next: training, validation, and the save before it, if
+there was one (SAVE_SECONDS); the last save is not in it. Validation Dice is scored alike for all: the mean over images
+at the network's size, threshold 0.5, against the masks of this script. The part "accuracy" compares it after every
+epoch, with another seed in each repeat; its seconds are training and what is read before it, without validation and
+saving, for both.
 """
 
 import argparse
@@ -241,13 +242,11 @@ class This:
         trainer, training, saving = self.trainer, [], []
         metadata = script.describe_run(self.cfg, self.device, self.splits, trainer.weights_from)
         requested = vars(self.cfg) | {"DEVICE": None}
-        save = functools.partial(script.save_run, trainer, metadata, requested) if self.saving else lambda: None
+        save = clock(functools.partial(script.save_run, trainer, metadata, requested), saving)
         with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training)):
-            save()
-            trainer.fit(self.loaders, self.criterion, clock(save, saving))
-        return ([row["seconds"] for row in trainer.history], training, [row["dice"] for row in trainer.history],
-                {"saves after an epoch": len(saving), "seconds of a save": statistics.mean(saving),
-                 "seconds of all saves": sum(saving)})
+            trainer.fit(self.loaders, self.criterion, save if self.saving else lambda: None)
+        more = {"saves": len(saving), "seconds of a save": statistics.mean(saving)} if saving else {}
+        return ([row["seconds"] for row in trainer.history], training, [row["dice"] for row in trainer.history], more)
 
     def close(self):
         script.remove_cache(Path(self.cfg.OUTPUT_DIR))

@@ -200,15 +200,20 @@ def test_memory_that_really_runs_out_is_recognised_and_smaller_batches_fit(preci
 
 @only_cuda
 def test_a_run_that_has_too_little_memory_continues_with_smaller_batches(tmp_path, capsys):
+    """Room for 4 of its 8 images."""
     total = torch.cuda.get_device_properties(GPU).total_memory
-    four = peak(lambda: train(new_trainer(None, PRECISION=AUTO), images(4, 64)))[1]
+    four = peak(functools.partial(train, new_trainer(None, PRECISION=AUTO), images(4, 256)))[1]
+    gc.collect()
+    torch.cuda.empty_cache()
     try:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 1.3 * four / total), GPU)
-        code = script.main(words(tmp_path, "--batch-size", 256, "--img-size", 256))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1.15 * four / total), GPU)
+        assert script.main(words(tmp_path, "--batch-size", 8, "--img-size", 256)) == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
-    err = capsys.readouterr().err
-    assert "memory ran out (" in err and (code == 0 or "cannot be made smaller" in err)
+        torch.cuda.empty_cache()
+    used = read(tmp_path)["settings"]["used"]
+    assert "memory ran out (" in capsys.readouterr().err
+    assert used["BATCH_SIZE"] < 8 == used["BATCH_SIZE"] * used["ACCUMULATION_STEPS"]
 
 
 @only_cuda

@@ -122,9 +122,9 @@ def test_the_cache_holds_what_load_sample_returns(prepared):
     """As copies, which augmentation may write into."""
     cfg, splits, cache = prepared
     for name in ("train", "valid", "train"):
-        for index, record in enumerate(splits[name].entries):
+        for index, entry in enumerate(splits[name].entries):
             found = make_dataset(prepared, name).sample(index)
-            for array, expected in zip(found, script.load_sample(record, cfg.IMG_SIZE)):
+            for array, expected in zip(found, script.load_sample(entry, cfg.IMG_SIZE)):
                 assert np.array_equal(array, expected) and array.dtype == np.uint8 and array.flags.c_contiguous
                 array[:] = 77
     assert cache.path.stat().st_size == CACHE_SIZE
@@ -194,7 +194,7 @@ EARLY_ENDS = {"bad data": (2, [script.TrainerError]), "error": (1, [RuntimeError
 @pytest.mark.parametrize("place, end", [*itertools.product(["load_sample", "to_input"], EARLY_ENDS),
                                         ("write_table", "error")])
 def test_an_early_end_leaves_no_cache_and_no_worker(data, tmp_path, temp, monkeypatch, tiny, place, end):
-    """Where images are read, in a step, and in the thread that writes."""
+    """Where images are read, in a step, and where the run is saved."""
     code, fault = EARLY_ENDS[end]
     seen, inner = [], getattr(script, place)
 

@@ -3,10 +3,15 @@
 import contextlib
 import copy
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import background
 import cv2
@@ -14,12 +19,13 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import FAST, box, script, tiny_build_model, write_coco, write_data
+from conftest import FAST, ROOT, box, script, tiny_build_model, write_coco, write_data
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 CPU, LAYOUTS = torch.device("cpu"), (torch.channels_last, torch.contiguous_format)
-PLAIN = {"img_size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "threshold": 0.5, "test_time_augmentation": False}
+PLAIN = {"img_size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "threshold": 0.5, "test_time_augmentation": False,
+         "grey_percentiles": (0, 100)}
 
 
 def noise(*shape, seed=0):
@@ -50,13 +56,13 @@ def bright(gain=1000, middle=0.5, shift=0):
     return model
 
 
-def saved(folder, model=None, **record):
+def saved(folder, model=None, **metadata):
     """A checkpoint of such a network, with its JSON. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / script.BEST
     torch.save((model or bright()).state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    script.write_metadata(path, {"encoder": "resnet18", "architecture": "unet", **PLAIN, "sha256": digest} | record)
+    script.write_metadata(path, {"encoder": "resnet18", "architecture": "unet", **PLAIN, "sha256": digest} | metadata)
     return path
 
 
@@ -90,7 +96,7 @@ def write_cases(folder, *cases):
 
 
 def evaluate(path, data, *words):
-    """Run --evaluate on a checkpoint; returns (its record after it, the rows of test_metrics.csv)."""
+    """Run --evaluate on a checkpoint; returns (its metadata after it, the rows of test_metrics.csv)."""
     out = path.parent / "out"
     assert main("--evaluate", "--checkpoint", path, "--data-dir", data, "--output-dir", out, *words) == 0
     lines = "".join(file.read_text(encoding="utf-8") for file in out.glob("test_metrics.csv")).splitlines()
@@ -169,7 +175,7 @@ def test_an_encoder_that_cannot_be_had_is_an_error_and_not_a_random_start(encode
         script.build_model(encoder, "imagenet")
 
 
-# --- checkpoints and their records
+# --- checkpoints and their metadata
 
 
 def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(tmp_path, capsys):
@@ -178,8 +184,8 @@ def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(t
     assert main(*FAST, "--architecture", "unet", "--mean", 0.4, 0.5, 0.6, "--data-dir", data, "--output-dir", out) == 0
     assert f"No test folder ({data / 'test'})" in capsys.readouterr().out
     assert not [name for name in names(out) if name.startswith("test")]
-    record, model = script.read_metadata(out / script.BEST)[0], script.load_model(out / script.BEST, "cpu")
-    assert (record["architecture"], record["encoder"], record["img_size"]) == ("unet", "resnet18", 64)
+    metadata, model = script.read_metadata(out / script.BEST)[0], script.load_model(out / script.BEST, "cpu")
+    assert (metadata["architecture"], metadata["encoder"], metadata["img_size"]) == ("unet", "resnet18", 64)
     assert type(model) is smp.Unet and not model.training and next(model.parameters()).device == CPU
     assert sum(p.numel() for p in model.parameters()) < 20e6
     assert model.prediction_settings["mean"] == [0.4, 0.5, 0.6] and model.prediction_settings["std"] == [*script.STD]
@@ -197,7 +203,7 @@ def test_a_json_from_before_architecture_and_augmentation_loads(tmp_path, asked,
     """Then every model was a UNet++, whatever the constant says now."""
     path = saved(tmp_path)
     old = script.read_metadata(path)[0]
-    del old["architecture"], old["test_time_augmentation"]
+    del old["architecture"], old["test_time_augmentation"], old["grey_percentiles"]
     script.write_metadata(path, old)
     monkeypatch.setattr(script, "ARCHITECTURE", "unet")
     model = script.load_model(path, "cpu")
@@ -248,8 +254,8 @@ def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked,
     assert main(*FAST, "--encoder-weights", "imagenet", "--img-size", 96, "--data-dir", data, "--output-dir", out,
                 "--init-weights", run / name) == 0
     assert background.differences(seen[0], dict(old[part] if part else old)) == [] and asked[0][1] is None
-    record = script.read_metadata(out / script.BEST)[0]
-    assert record["encoder_weights_from"] == f"checkpoint {run / name}" and record["img_size"] == 96
+    metadata = script.read_metadata(out / script.BEST)[0]
+    assert metadata["encoder_weights_from"] == f"checkpoint {run / name}" and metadata["img_size"] == 96
     assert f"{run / name}), {script.LR:g} for the decoder" in capsys.readouterr().out
 
 
@@ -303,7 +309,7 @@ def test_predict_mask_leaves_image_and_model_as_they_were():
     assert not model.training
     model.train()
     assert np.array_equal(script.predict_mask(model, image), mask)  # without dropout, with the running statistics
-    assert model.training and np.array_equal(image, before)
+    assert not model.training and np.array_equal(image, before)  # it stays in eval mode
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -349,9 +355,9 @@ def test_evaluation_prediction_and_predict_mask_use_test_time_augmentation_alike
         write_cases(data / split, ([(20, 30, 10, 10)], picture))
     path = saved(tmp_path / "run", bright(shift=1))
     for words, augmented, dice in (([], False, 0.9), (["--test-time-augmentation"], True, 20 / 22), ([], False, 0.9)):
-        record, rows = evaluate(path, data, *words)
-        assert record["test_time_augmentation"] is augmented and record["threshold"] == 0.5
-        assert record["valid_metrics"]["dice"] == record["test_metrics"]["dice"] == pytest.approx(dice)
+        metadata, rows = evaluate(path, data, *words)
+        assert metadata["test_time_augmentation"] is augmented and metadata["threshold"] == 0.5
+        assert metadata["valid_metrics"]["dice"] == metadata["test_metrics"]["dice"] == pytest.approx(dice)
         assert float(rows[0]["dice"]) == pytest.approx(dice)
         model = script.load_model(path, "cpu")
         mask = script.predict_mask(model, np.dstack([picture] * 3))
@@ -377,8 +383,9 @@ UNEQUAL = [([(2, 2, 50, 20)], filled([(2, 2, 50, 20, 184), (2, 40, 50, 10, 138)]
 def test_the_threshold_is_the_least_extreme_of_the_best_on_valid(tmp_path, tiny, cases, middle, threshold, dice):
     """Of tumour and decoy, probabilities 0.269 and 0.047, or 0.731 and 0.269, or 0.953 and 0.731."""
     write_cases(tmp_path / "data" / "valid", *cases)
-    record, rows = evaluate(saved(tmp_path / "run", bright(10, middle)), tmp_path / "data")
-    assert record["threshold"] == threshold and record["valid_metrics"]["dice"] == pytest.approx(dice) and rows == []
+    metadata, rows = evaluate(saved(tmp_path / "run", bright(10, middle)), tmp_path / "data")
+    assert metadata["threshold"] == threshold and rows == []
+    assert metadata["valid_metrics"]["dice"] == pytest.approx(dice)
 
 
 def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed_lines(tmp_path, tiny, capsys):
@@ -394,11 +401,11 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     data = tmp_path / "data"
     write_cases(data / "test", *[(annotated, filled(boxes)) for annotated, boxes, _ in cases])
     write_cases(data / "valid", ([block], filled([(*block, 255)])))
-    record, rows = evaluate(saved(tmp_path / "run"), data)
+    metadata, rows = evaluate(saved(tmp_path / "run"), data)
     columns = ("dice", "hd95_px", "lesions", "lesions_found", "false_lesions")
     for row, (_, _, numbers) in zip(rows, cases, strict=True):
         assert [float(row[name]) for name in columns] == pytest.approx(numbers, abs=1e-6)
-    found, dice = record["test_metrics"], np.array([case[2][0] for case in cases])
+    found, dice = metadata["test_metrics"], np.array([case[2][0] for case in cases])
     iou = dice / (2 - dice)
     for name, values in (("dice", dice), ("iou", iou)):
         assert found[name] == pytest.approx(values.mean())
@@ -440,11 +447,11 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny,
 @pytest.mark.parametrize("words", [[], ["--categories", "oedema"], ["--categories", "tumor"]])
 def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(one_kind, tmp_path, tiny, capsys, words):
     data, run, _ = one_kind
-    record, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
+    metadata, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
     before = script.read_metadata(run / script.BEST)[0]
-    assert record["threshold"] == before["threshold"] and record["settings"]["CATEGORIES"] == ["tumor"]
+    assert metadata["threshold"] == before["threshold"] and metadata["settings"]["CATEGORIES"] == ["tumor"]
     for split in ("valid_metrics", "test_metrics"):
-        assert record[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
+        assert metadata[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
     tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
     assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
     said = "evaluated is what the model was trained on: ('tumor',)" in capsys.readouterr().out
@@ -521,6 +528,85 @@ def test_predict_takes_all_images_of_a_folder_but_not_its_own_outputs(tmp_path, 
     assert {"one_mask.png", "one_overlay_3.png", "two_mask_2.png", "two_overlay.png"} < set(names(folder))
 
 
+def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, tiny, capsys, monkeypatch):
+    """Long names, results of other tools, other formats, a folder without access, a result that cannot be written."""
+    path, scans, out = saved(tmp_path / "run"), tmp_path / "scans", tmp_path / "out"
+    for name in ("a.png", "脑" * 83 + ".png", "x" * 245 + ".jpg", "full.png", "c.jfif", "a_mask.tif", "b_overlay_2.jpg",
+                 "d.dcm", "e.nii.gz", "f.nii.gz", "notes"):
+        (scans / name).parent.mkdir(exist_ok=True)
+        (scans / name).write_bytes(cv2.imencode(".png", noise(64, 64, 3))[1].tobytes())
+    (scans / "closed").mkdir()
+
+    def scandir(folder, inner=os.scandir):
+        if str(folder).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return inner(folder)
+
+    def write_image(name, picture, inner=script.write_image):
+        if name.name == "full_mask.png":
+            raise script.TrainerError(f"cannot write {name}")
+        inner(name, picture)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(script, "write_image", write_image)
+    assert predict(path, out, scans) == 2
+    text, err = capsys.readouterr()
+    assert "1 of 5 file(s) failed:\n  - cannot write" in err and "Traceback" not in err
+    lines = [line.removeprefix("Left out: ") for line in text.splitlines() if line.startswith("Left out: ")]
+    left_out = dict(line.split(" x ")[::-1] for line in lines)
+    assert left_out == {"named like a mask or a result of this script": "2", ".dcm": "1", ".nii.gz": "2",
+                        "without suffix": "1", f"folder that cannot be read ({scans / 'closed'})": "1"}
+    assert len([name for name in names(out) if name.endswith("_mask.png")]) == 4
+
+
+def test_a_model_in_training_mode_gives_one_mask_in_all_threads():
+    """And its running statistics stay as they were."""
+    for _ in range(10):
+        model, image = bright(gain=5), noise(64, 64, 3)
+        expected, weights = script.predict_mask(model, image), copy.deepcopy(model.state_dict())
+        model.train()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(script.predict_mask, [model] * 16, [image] * 16))
+        assert all(np.array_equal(mask, expected) for mask in found)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_state_of_a_run_is_no_model_and_this_is_said(one_kind, tmp_path, tiny, capsys):
+    assert predict(one_kind[1] / script.LAST, tmp_path, ROOT / "test") == 2
+    assert f"is the state of a run, for --resume; the model is {script.BEST}" in capsys.readouterr().err
+
+
+def test_main_works_in_a_thread_without_handlers(one_kind, tmp_path, tiny):
+    """As in Streamlit or Gradio."""
+    handlers, codes = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
+    image = next((one_kind[0] / "test").glob("*.png"))
+    thread = threading.Thread(target=lambda: codes.append(predict(one_kind[1] / script.BEST, tmp_path, image)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME" if os.name != "nt" else "USERPROFILE", str(tmp_path))
+    cfg, _ = script.read_settings(["--data-dir=~", "--output-dir=~/x", "--audit"])
+    assert (cfg.DATA_DIR, cfg.OUTPUT_DIR) == (str(tmp_path), str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("metadata, percentiles", [({"grey_percentiles": [0.1, 99.9]}, 255), ({}, 4)])
+def test_a_16_bit_scan_is_read_as_the_model_was_trained(metadata, percentiles, tmp_path, tiny, monkeypatch):
+    """Models from before the percentiles know the whole range only: with one hot pixel it is dark."""
+    path, seen = saved(tmp_path / "run"), []
+    old = script.read_metadata(path)[0]
+    del old["grey_percentiles"]
+    script.write_metadata(path, old | metadata)
+    grey = np.linspace(0, 1000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    grey[0, 0] = 65535
+    (tmp_path / "a.png").write_bytes(cv2.imencode(".png", grey)[1].tobytes())
+    monkeypatch.setattr(script, "predict_mask", lambda model, image: seen.append(image) or np.zeros((64, 64), np.uint8))
+    assert predict(path, tmp_path / "out", tmp_path / "a.png") == 0
+    assert abs(int(seen[0][1:].max()) - percentiles) <= 1
+
+
 def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp_path, tiny, capsys):
     path, out = saved(tmp_path), tmp_path / "out"
     scans = write_scans(tmp_path, "bad.png", "good.png")
@@ -528,7 +614,7 @@ def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp
     scans[0].write_bytes(b"no image")
     for checkpoint, sources, words in (
             (path, [tmp_path / "gone.png"], "gone.png"), (path, [tmp_path / "empty"], "no images found in"),
-            (path.with_name("gone.pth"), scans, "gone.pth"), (path, scans, "1 of 2 file(s) could not be read:\n  - ")):
+            (path.with_name("gone.pth"), scans, "gone.pth"), (path, scans, "1 of 2 file(s) failed:\n  - ")):
         assert predict(checkpoint, out, *sources) == 2 and words in capsys.readouterr().err
     assert names(out) == ["good_mask.png", "good_overlay.png"]
     assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2

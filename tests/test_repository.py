@@ -55,7 +55,7 @@ def test_the_settings_table_is_that_of_the_script():
 
 def test_the_loading_recipe_is_the_one_that_is_tested():
     assert ('model = smp.UnetPlusPlus(encoder_name="resnet34", encoder_weights=None, in_channels=3, classes=1)\n'
-            'model.load_state_dict(torch.load("unet_plusplus_best.pth"))') in README
+            'model.load_state_dict(torch.load("unet_plusplus_best.pth"))\nmodel.eval()') in README
 
 
 @pytest.mark.parametrize("name", script.RUN_FILES)

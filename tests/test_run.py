@@ -190,7 +190,8 @@ def test_a_finished_run_says_so_and_keeps_its_weights(here, finished):
 # --- what may change, and what may not
 
 CHANGES = {
-    "IMG_SIZE": [96], "MEAN": [0.5, 0.5, 0.5], "STD": [0.5, 0.5, 0.5], "CATEGORIES": ["tumor"], "ENCODER": ["resnet34"],
+    "IMG_SIZE": [96], "MEAN": [0.5, 0.5, 0.5], "STD": [0.5, 0.5, 0.5], "CATEGORIES": ["tumor"],
+    "UNANNOTATED": ["skip"], "GREY_PERCENTILES": [0.5, 99.5], "ENCODER": ["resnet34"],
     "ARCHITECTURE": ["unet"], "LOSS": ["focal_tversky"], "SEED": [7], "LR": [0.5], "LR_FROM_SCRATCH": [0.5],
     "WARMUP_STEPS": [3], "EMA_EPOCHS": [0.7], "WEIGHT_DECAY": [0.5], "GRAD_CLIP": [9], "PLATEAU_FACTOR": [0.3],
     "PLATEAU_PATIENCE": [3]}
@@ -320,6 +321,41 @@ def test_defaults_that_depend_on_machine_or_folder_are_no_edits(words, saved, he
     assert used(finished)["DATA_DIR"] == str(background.shared_data())
 
 
+def test_a_project_that_was_moved_finds_its_data_beside_the_script(here, tmp_path, monkeypatch):
+    def script_in(folder):
+        monkeypatch.setattr(script, "__file__", str(folder / "script.py"))
+        monkeypatch.setattr(script, "DATA_DIR", str(folder))
+
+    shutil.copytree(background.shared_data(), tmp_path / "old")
+    (tmp_path / "old" / "script.py").write_bytes(Path(background.SCRIPT).read_bytes())
+    script_in(tmp_path / "old")
+    words = alone(tmp_path / "old" / "out", "--epochs", 1)
+    del words[words.index("--data-dir"):words.index("--data-dir") + 2]
+    assert here(words)[0] == 0
+    os.rename(tmp_path / "old", tmp_path / "new")
+    script_in(tmp_path / "new")
+    assert here(["--resume", "--output-dir", tmp_path / "new" / "out", "--epochs", 2])[0] == 0
+    assert used(tmp_path / "new" / "out")["DATA_DIR"] == str(tmp_path / "new")
+
+
+def test_a_path_in_place_of_its_text_can_be_resumed(here, tmp_path, monkeypatch):
+    """Somebody has edited DATA_DIR = Path(...)."""
+    monkeypatch.setattr(script, "DATA_DIR", background.shared_data())
+    words = alone(tmp_path, "--epochs", 1)
+    del words[words.index("--data-dir"):words.index("--data-dir") + 2]
+    assert here(words)[0] == 0 and here(["--resume", "--output-dir", tmp_path, "--epochs", 2])[0] == 0
+
+
+def test_a_resumed_run_keeps_threshold_and_scores_of_a_best_model_that_stays(here, finished, monkeypatch):
+    """Whatever ends it before its next evaluation."""
+    replace_file(finished / JSON, json.dumps(script.read_metadata(finished / BEST)[0] | {"threshold": 0.35}).encode())
+    before = script.read_metadata(finished / BEST)[0]
+    monkeypatch.setattr(script, "evaluate_checkpoint", raising(MemoryError))
+    assert here(alone(finished, "--resume", "--epochs", 5), partial(constant_dice, dice=0.0))[0] == 1
+    metadata, problem = script.read_metadata(finished / BEST)
+    assert problem == "" and all(metadata[name] == before[name] for name in ("threshold", "test_metrics", "best_epoch"))
+
+
 def test_a_device_that_was_asked_for_stays(here, finished, monkeypatch):
     state = read(finished)
     for kind in ("requested", "used"):
@@ -418,6 +454,21 @@ def test_an_earlier_run_is_kept_together_and_can_be_gone_on_with(here, finished)
     os.utime(finished / LAST, (saved, saved))  # the name tells the time
     assert here(alone(finished, "--epochs", 1, "--seed", 6))[0] == 0
     assert sorted(read(folder)["settings"]["used"]["SEED"] for folder in finished.glob("earlier_run_*")) == [5, 42]
+
+
+def test_a_file_that_cannot_be_moved_leaves_the_earlier_run_whole(here, finished):
+    """On Windows, another program has it open."""
+    def refuse(script, inner=os.replace):
+        def replace(source, target):
+            if "earlier_run" in str(target) and Path(target).name == SCORES:
+                raise PermissionError(errno.EACCES, "in use", str(source))
+            inner(source, target)
+        os.replace = replace
+
+    earlier = contents(finished)
+    code, text = here(alone(finished, "--seed", 5), refuse)
+    assert code == 1 and "cannot move the earlier run" in text and "Close the program" in text
+    assert contents(finished) == earlier and not list(finished.glob("earlier_run_*"))
 
 
 def test_a_start_that_is_refused_leaves_the_earlier_run_where_it_is(here, finished, tmp_path):

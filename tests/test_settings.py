@@ -40,12 +40,12 @@ def flag(name):
 def another(name, value, folder):
     """A legal value of a constant that is not its default: (words of the command line, what they mean)."""
     texts = {"DATA_DIR": str(folder), "OUTPUT_DIR": str(folder / "o"), "ARCHITECTURE": "linknet", "ENCODER": "resnet18",
-             "LOSS": "focal_tversky", "DEVICE": "cuda:1", "PRECISION": "bfloat16",
+             "UNANNOTATED": "skip", "LOSS": "focal_tversky", "DEVICE": "cuda:1", "PRECISION": "bfloat16",
              "ENCODER_WEIGHTS": str(folder / "w.pth"), "INIT_WEIGHTS": str(folder / "w.pth")}
     if isinstance(value, bool):
         return [flag(name).replace("--", "--no-") if value else flag(name)], not value
     if isinstance(value, tuple):
-        new = (0.1, 0.25, 0.75) if value else ("glioma", "肿瘤")
+        new = (0.25, 0.5, 0.75)[:len(value)] if value else ("glioma", "肿瘤")
         return [flag(name), *map(str, new)], new
     new = texts[name] if name in texts else value + 64 if isinstance(value, int) else value / 4 + 0.125
     return [flag(name), str(new)], new
@@ -123,13 +123,13 @@ def test_every_constant_has_a_flag_that_changes_it_and_nothing_else(name, tmp_pa
     assert vars(settings()) == before  # the constants are as they were
 
 
-@pytest.mark.parametrize("words, lr, lr_random_start", [
+@pytest.mark.parametrize("words, lr, lr_from_scratch", [
     (["--lr", "3e-4"], 3e-4, 3e-4), (["--lr-from-scratch", "2e-3"], script.LR, 2e-3),
     (["--lr", "3e-4", "--lr-from-scratch", "2e-3"], 3e-4, 2e-3),
     (["--lr-from-scratch", "2e-3", "--lr", "3e-4"], 3e-4, 2e-3)])
-def test_a_given_learning_rate_holds_for_every_start_unless_both_are_given(words, lr, lr_random_start):
+def test_a_given_learning_rate_holds_for_every_start_unless_both_are_given(words, lr, lr_from_scratch):
     cfg = settings(*words)
-    assert (cfg.LR, cfg.LR_FROM_SCRATCH) == (lr, lr_random_start)
+    assert (cfg.LR, cfg.LR_FROM_SCRATCH) == (lr, lr_from_scratch)
 
 
 @pytest.mark.parametrize("words, name, value", [
@@ -243,7 +243,7 @@ def test_a_constant_that_was_edited_to_the_wrong_type_is_refused(tmp_path, capsy
 
 
 def run_edited(copied, folder, *words, network=tiny_build_model):
-    """Train one epoch with an edited copy. Returns (history, record, test rows) from its files."""
+    """Train one epoch with an edited copy. Returns (history, metadata, test rows) from its files."""
     copied.build_model = network or copied.build_model
     data, out = write_data(folder / "data", 4, 2, 2, size=64), folder / "out"
     assert copied.main([*FAST, "--data-dir", str(data), "--output-dir", str(out), *words]) == 0
@@ -255,9 +255,9 @@ def test_another_loss(tmp_path, capsys):
     copied = edited(tmp_path, "^LOSSES = {", 'LOSSES = {"seven": lambda logits, targets: 7 + 0 * logits.mean(), ')
     assert "seven" in help_text(capsys, copied).splitlines()[-1]
     assert "seven" in refused(capsys, "--data-dir", tmp_path, "--loss", "hinge", module=copied)
-    history, record, _ = run_edited(copied, tmp_path, "--loss", "seven")
+    history, metadata, _ = run_edited(copied, tmp_path, "--loss", "seven")
     assert (float(history[0]["train_loss"]), float(history[0]["valid_loss"])) == (7, 7)
-    assert record["settings"]["LOSS"] == "seven"
+    assert metadata["settings"]["LOSS"] == "seven"
 
 
 def test_another_augmentation_step(tmp_path):
@@ -272,10 +272,10 @@ def test_another_augmentation_step(tmp_path):
 
 
 def test_another_architecture(tmp_path):
-    """The record holds it, and load_model() follows the record wherever it is called."""
-    _, record, _ = run_edited(edited(tmp_path, '^ARCHITECTURE = "unetplusplus"', 'ARCHITECTURE = "linknet"'), tmp_path,
-                              network=None)
-    assert record["architecture"] == record["settings"]["ARCHITECTURE"] == "linknet"
+    """The JSON holds it, and load_model() follows the JSON wherever it is called."""
+    copied = edited(tmp_path, '^ARCHITECTURE = "unetplusplus"', 'ARCHITECTURE = "linknet"')
+    _, metadata, _ = run_edited(copied, tmp_path, network=None)
+    assert metadata["architecture"] == metadata["settings"]["ARCHITECTURE"] == "linknet"
     model = script.load_model(tmp_path / "out" / script.BEST, "cpu")
     assert isinstance(model, smp.Linknet) and script.predict_mask(model, np.zeros((9, 7, 3), np.uint8)).shape == (9, 7)
 
@@ -284,12 +284,12 @@ def test_another_metric(tmp_path, capsys):
     """The error of the tumour's size in pixels: wrongly found ones less missed ones."""
     new = "((probabilities >= threshold).flatten(1).sum(1) - masks.flatten(1).sum(1)).double()"
     copied = edited(tmp_path, "(?<=^    return )metrics_from_counts", f'{{"size_px": {new}}} | metrics_from_counts')
-    history, record, rows = run_edited(copied, tmp_path)
+    history, metadata, rows = run_edited(copied, tmp_path)
     sizes = [float(row["size_px"]) for row in rows]
     assert sizes == [float(row["false_positive_px"]) - float(row["false_negative_px"]) for row in rows]
-    assert record["test_metrics"]["size_px"] == np.mean(sizes)
+    assert metadata["test_metrics"]["size_px"] == np.mean(sizes)
     valid = float(history[0]["size_px"])
-    assert record["valid_metrics_at_img_size"]["size_px"] == valid
+    assert metadata["valid_metrics_at_img_size"]["size_px"] == valid
     printed = capsys.readouterr().out
     assert re.search(rf"^epoch 1/1 .* size_px {valid:.4f} ", printed, re.M)
     assert re.search(rf"^  test   2 images .* size_px {np.mean(sizes):.4f} ", printed, re.M)
