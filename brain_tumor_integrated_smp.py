@@ -448,11 +448,11 @@ def grouped(findings: list[tuple[str, str]], examples: int = 2) -> list[str]:
 
 def read_annotations(coco: dict, names: dict[str, str], counted: dict[str, list], strict: bool,
                      entries: dict[str, ImageEntry]) -> tuple[list, list]:
-    """Rasterise the annotations that count into the entries' masks, and count them by category.
+    """Draw the annotations that count into the entries' masks, and count them by category.
 
     strict: whether an unknown category is a problem. Returns (problems, remarks), both as (kind, example).
     """
-    problems, remarks, outlines, rles = [], [], [], {}
+    problems, outlines = [], []
     listed_ids = {id_text(image.get("id")) for image in coco["images"]}
     for annotation in coco["annotations"]:
         number, image_id = annotation.get("id"), id_text(annotation.get("image_id"))
@@ -476,6 +476,16 @@ def read_annotations(coco: dict, names: dict[str, str], counted: dict[str, list]
         except ValueError as error:
             problems.append((str(error), label))
     turn_entries(outlines)
+    more, remarks = draw_masks(outlines)
+    return more + problems, remarks
+
+
+def draw_masks(outlines: list[tuple]) -> tuple[list, list]:
+    """Rasterise outlines (label, entry, bbox, of parse_segmentation()) into their entries, and check them.
+
+    Returns (problems, remarks), both as (kind, example).
+    """
+    problems, remarks, rles = [], [], {}
     corners = np.full((2, len(outlines), 4), np.nan)
     for index, (label, entry, bbox, outline) in enumerate(outlines):
         try:
@@ -2103,8 +2113,9 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     """
     parser = build_parser()
     for word in sys.argv[1:] if argv is None else argv:
-        if new := RENAMED.get(word.partition("=")[0]):
-            parser.error(f"{word} has a new name: {new}")
+        flag = word.partition("=")[0]
+        if flag in RENAMED:
+            parser.error(f"{flag} has a new name: {RENAMED[flag]}")
     mode = parser.parse_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(mode).items() if name in CONSTANTS}

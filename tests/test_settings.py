@@ -191,7 +191,7 @@ def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses
     ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth"),
     # Names of earlier versions.
     ("--average-epochs 2", "--average-epochs has a new name: --ema-epochs"),
-    ("--early-stopping=5", "--early-stopping=5 has a new name: --early-stopping-patience"),
+    ("--early-stopping=5", "--early-stopping has a new name: --early-stopping-patience"),
     ("--lr-random-start 1e-3", "has a new name: --lr-from-scratch")])
 def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, named, tmp_path, capsys):
     out = tmp_path / "out"
