@@ -98,6 +98,18 @@ def test_two_batches_accumulated_are_one_large_batch(parts, joined):
     assert len(steps) == len(joined) and found_loss == pytest.approx(loss, rel=1e-5) and expected.norm() > 1e-3
 
 
+def test_each_step_follows_the_gradient_of_its_own_images():
+    found, _ = plain_steps(network(), batches(2, 3, 2), GRAD_CLIP=0.0)
+    model = network()
+    start = flat(model)
+    for images, masks in batches(2, 3, 2):
+        loss = script.dice_bce(model(script.to_input(images, CPU)), script.to_target(masks, CPU))
+        with torch.no_grad():
+            for weight, gradient in zip(model.parameters(), torch.autograd.grad(loss, [*model.parameters()])):
+                weight -= 0.1 * gradient
+    torch.testing.assert_close(found, flat(model) - start, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])  # the second one scales them
 def test_gradients_are_clipped_to_the_given_norm(precision, pretended):
     small, smaller, free = (plain_steps(network(), batches(4), GRAD_CLIP=clip, PRECISION=precision)[0].norm().item()
