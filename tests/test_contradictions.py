@@ -400,6 +400,16 @@ def test_files_of_one_name_in_several_folders_are_told_apart_by_the_folder(tmp_p
     assert "the file is missing; of a similar name are images/patient" in message
 
 
+def test_a_name_that_two_folders_have_is_not_guessed(tmp_path, capfd):
+    def change(_, folder):
+        os.remove(folder / "0.png")
+        for name in ("a", "b"):
+            write(folder / name / "0.png", noise_picture(7, *SIZE))
+
+    message = refused(capfd, make(tmp_path / "data", change), tmp_path / "out", "--audit")
+    assert "of a similar name are " in message and "a/0.png" in message and "b/0.png" in message
+
+
 def test_if_all_files_are_missing_skipping_is_not_recommended(tmp_path, capfd):
     def remove(coco, folder):
         for image in coco["images"] if folder.name == "valid" else []:
