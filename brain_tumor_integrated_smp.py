@@ -140,7 +140,8 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
         raise TrainerError(f"{path}: the file is missing") from None
     except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
         raise TrainerError(f"{path}: {error}") from None
-    pages, inverted = tiff_pages(data.tobytes()) if data[:2].tobytes() in (b"II", b"MM") else (1, False)
+    is_tiff = data[:2].tobytes() in (b"II", b"MM")
+    pages, inverted = tiff_pages(data.tobytes()) if is_tiff else (1, False)
     if pages > 1:
         raise TrainerError(f"{path}: has more than one page; save each page as a file of its own")
     flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
@@ -149,12 +150,13 @@ def read_image(path: str | Path, height: int | None = None, width: int | None = 
         if image is not None and height and image.shape[:2] != (height, width):
             stored = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
             image = stored if stored.shape[:2] == (height, width) else image
-        if image is None and data[:2].tobytes() in (b"II", b"MM"):  # 32 and 64 bit, which OpenCV reads as grey only
-            image = np.dstack([cv2.imdecode(data, cv2.IMREAD_ANYDEPTH)] * 3)
+        if image is None and is_tiff:  # 32 and 64 bit, which OpenCV reads as grey only
+            grey = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH)
+            image = None if grey is None else np.dstack([grey] * 3)
     # OpenCV 4 fills up a JPEG that is cut short with grey: an end mark has to follow the last scan.
     if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes().rpartition(b"\xff\xda")[2]:
         image = None
-    if image is None or image.dtype == object:
+    if image is None:
         raise TrainerError(f"{path}: {'not an image, or cut short' if data.size else 'the file is empty'}")
     if image.dtype != np.uint8:
         if not np.isfinite(image).all():
@@ -249,6 +251,7 @@ def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERC
 ANNOTATION_FILE = "_annotations.coco.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
+BLANK = " \t\r\n\u00a0\u200b\u3000\ufeff"  # blanks, visible or not, at the ends of a category's name
 FEW_PIXELS = 25  # a mask with fewer gets a remark: annotation tools leave such specks behind
 # In the JSON of the synthetic MRI-like images (phantoms) that come with the script:
 SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"
@@ -429,9 +432,6 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     return Split(list(entries.values()), counted, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
 
 
-BLANK = " \t\r\n\u00a0\u200b\u3000\ufeff"  # blanks, visible or not, at the ends of names
-
-
 def id_text(value) -> str:
     """An id of a COCO file as text: 1, 1.0 and "1" are the same."""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
@@ -585,8 +585,9 @@ def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tu
         places.setdefault(plain_path(path.name), []).append(path)
     for entry in missing:
         name = plain_path(entry.file_name)
-        found = places.get(name.rpartition("/")[2], [])
-        if len(found) > 1 or wanted[name.rpartition("/")[2]] > 1:  # several of one name: their folders have to fit
+        base = name.rpartition("/")[2]
+        found = places.get(base, [])
+        if len(found) > 1 or wanted[base] > 1:  # several of one name: their folders have to fit
             inside = {path: "/" + plain_path(path.relative_to(split_dir)) for path in found}
             match = [path for path in found if inside[path].endswith("/" + name) or ("/" + name).endswith(inside[path])]
         else:
@@ -753,7 +754,7 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
 
 def print_audit(splits: dict[str, Split], categories: tuple) -> None:
     """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
-    columns, first_seen, same, single = [], {}, [], []
+    columns, first_seen, leaks, copies, single = [], {}, [], [], []
     findings = [(remark, "") for remark in [*find_near_duplicates(splits), *split_remarks(splits, categories)]]
     ignored = {name: not counts for split in splits.values() for name, (_, counts) in split.categories.items()}
     for name, split in splits.items():
@@ -775,10 +776,11 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
             single += [(kind, label + f", {detail}" * bool(detail)) for kind, detail in entry.remarks]
             split_of_first, first = first_seen.setdefault(entry.digest, (name, label))
             if first != label:
-                leak = split_of_first != name
-                same.append((leak, ("same picture in two splits, which makes scores too good" if leak else
-                                    "same picture twice", f"{label} is {first}")))
-    findings += [finding for _, finding in sorted(same, key=lambda pair: not pair[0])] + single
+                if split_of_first != name:
+                    leaks.append(("same picture in two splits, which makes scores too good", f"{label} is {first}"))
+                else:
+                    copies.append(("same picture twice", f"{label} is {first}"))
+    findings += leaks + copies + single
     log("\n" + "\n".join(row.ljust(41) + "".join(f"{column[row]!s:>9}" for column in columns) for row in columns[0]))
     log(f"\n{len(findings)} remark(s), please check:{bullet_list(grouped(findings), 40)}\n" if findings else "")
 
