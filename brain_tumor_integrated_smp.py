@@ -5,10 +5,12 @@
     python brain_tumor_integrated_smp.py --resume                          continue an interrupted run
     python brain_tumor_integrated_smp.py --audit                           check the data and stop
     python brain_tumor_integrated_smp.py --evaluate                        threshold and test scores of the best model
+    python brain_tumor_integrated_smp.py --check-labels                    annotations that the best model contradicts
     python brain_tumor_integrated_smp.py --predict scan.png folder/        masks and overlays for new images
     torchrun --nproc-per-node=2 brain_tumor_integrated_smp.py              two GPUs (on Linux), nothing to edit
 
-The data folder holds train/, valid/ and, if there is one, test/, each with its images and `_annotations.coco.json`.
+The data folder holds train/ and, if you have them, valid/ and test/, each with its images and `_annotations.coco.json`,
+or with a mask file for each image.
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
 Measured results, with command, hardware and versions, stand in README.md. The file follows the data: images and masks,
 checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
@@ -71,10 +73,12 @@ from tqdm import tqdm
 # ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
 
 # --- data and output
-DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/, valid/ and (optional) test/
+DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/ and, if there are any, valid/ and test/
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
+PATIENT_PATTERN = None  # regular expression whose one group is the patient in a file name: r"(TCGA_\w+_\w+)_\d+"
+VALID_SHARE = 0.2  # of train, held out for validation if there is no valid folder: whole patients, or similar images
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
@@ -212,15 +216,17 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 class ImageEntry:
     """One image of a split with its mask."""
 
-    number: int  # position in the JSON's list of images; augmentation depends on it
+    number: int  # position in the JSON's list of images, or among the files; augmentation depends on it
     path: str
-    file_name: str  # as in the JSON
+    file_name: str  # as in the JSON, or below the folder of the split
     height: int  # pixels, of the annotation's coordinate system
     width: int
     rle: dict | None = None  # the union of its annotations, as a compressed COCO RLE; None: no tumour
-    annotated: bool = False  # whether it has any annotation, of whatever category
+    mask_path: str = ""  # of its mask file, if it has one instead of annotations in a JSON
+    annotations: Counter = field(default_factory=Counter)  # how many of each category; a mask file counts as one
     tumours: int = 0  # annotations that cover at least one pixel
     boxes: int = 0  # those of them that are upright boxes
+    patient: str = ""  # see PATIENT_PATTERN
     remarks: list[tuple[str, str]] = field(default_factory=list)  # what to look at: (kind, which annotation)
     # Set by scan():
     cache_slot: int = -1  # its place in the cache
@@ -229,6 +235,11 @@ class ImageEntry:
     mask_digest: str = ""
     tumour_fraction: float = 0.0  # of the image
     thumbnail: np.ndarray | None = None  # float32 [1024]: grey 32x32, mean 0, length 1
+
+    @property
+    def annotated(self) -> bool:
+        """Whether it has any annotation, of whatever category."""
+        return bool(self.annotations)
 
     def mask(self) -> np.ndarray:
         """The union of its annotations: uint8 [height, width], 0 or 1."""
@@ -259,13 +270,14 @@ SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"
 
 @dataclass
 class Split:
-    """A split as its JSON describes it, and what prepare_data() adds."""
+    """A split as its JSON or its files describe it, and what prepare_data() adds."""
 
     entries: list[ImageEntry]
-    categories: dict[str, list]  # by name: [number of annotations, whether they count as tumour, see CATEGORIES]
-    unlisted: int  # image files that the JSON does not list
-    is_sample: bool  # the phantoms of this project
+    categories: dict[str, bool]  # by name: whether its annotations count as tumour, see CATEGORIES
+    unlisted: int = 0  # image files that the JSON does not list
+    is_sample: bool = False  # the phantoms of this project
     remarks: list[tuple[str, str]] = field(default_factory=list)  # about the split: (kind, example)
+    held_out: bool = False  # a part of train, see VALID_SHARE
     skipped: int = 0  # images that cannot be used
     near_duplicates: int = 0  # images that look like one in train
 
@@ -393,8 +405,10 @@ def load_coco(json_path: Path) -> dict:
     folder = json_path.parent
     if not json_path.is_file():
         missing = f"file not found: {json_path}" if folder.is_dir() else f"folder not found: {folder}"
-        raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and "
-                           f"valid/, each with its images and one {ANNOTATION_FILE}, as a 'COCO Segmentation' export")
+        raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and, if you have "
+                           f"them, valid/ and test/, each with its images and one {ANNOTATION_FILE}, as a 'COCO "
+                           "Segmentation' export, or with a mask file for each image: NAME_mask.png beside it, or the "
+                           "same name in masks/")
     try:
         coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -423,13 +437,13 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
                            f"{', '.join(sorted(set(names.values())))}")
     entries, unlisted, problems, remarks = read_image_entries(coco["images"], split_dir)
-    counted = {name: [0, not chosen or name.strip(BLANK) in chosen] for name in names.values()}
-    more = read_annotations(coco, names, counted, bool(chosen), entries)
+    counts = {name: not chosen or name.strip(BLANK) in chosen for name in names.values()}
+    more = read_annotations(coco, names, counts, bool(chosen), entries)
     problems, remarks = problems + more[0], remarks + more[1]
     if problems:
         raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
                            "Correct the file, or export it again.")
-    return Split(list(entries.values()), counted, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
+    return Split(list(entries.values()), counts, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
 
 
 def id_text(value) -> str:
@@ -446,11 +460,12 @@ def grouped(findings: list[tuple[str, str]], examples: int = 2) -> list[str]:
             + ", ..." * (len(found) > examples) for kind, found in kinds.items()]
 
 
-def read_annotations(coco: dict, names: dict[str, str], counted: dict[str, list], strict: bool,
+def read_annotations(coco: dict, names: dict[str, str], counts: dict[str, bool], strict: bool,
                      entries: dict[str, ImageEntry]) -> tuple[list, list]:
-    """Draw the annotations that count into the entries' masks, and count them by category.
+    """Count the annotations of each entry by category, and draw those that count as tumour into its mask.
 
-    strict: whether an unknown category is a problem. Returns (problems, remarks), both as (kind, example).
+    names: of the categories, by id. counts: by name, whether a category counts; unknown ones are added. strict: whether
+    an unknown one is a problem. Returns (problems, remarks), both as (kind, example).
     """
     problems, outlines = [], []
     listed_ids = {id_text(image.get("id")) for image in coco["images"]}
@@ -465,10 +480,9 @@ def read_annotations(coco: dict, names: dict[str, str], counted: dict[str, list]
                              f"annotation id {number}, category id {annotation.get('category_id')}"))
         if (entry := entries.get(image_id)) is None:
             continue
-        entry.annotated = True
-        category = counted.setdefault(names.get(category_id, f"unknown id {category_id}"), [0, not strict])
-        category[0] += 1
-        if not category[1]:
+        category = names.get(category_id, f"unknown id {category_id}")
+        entry.annotations[category] += 1
+        if not counts.setdefault(category, not strict):
             continue
         label = f"{entry.file_name}, annotation id {number}"
         try:
@@ -607,6 +621,138 @@ def plain_path(name: str | Path) -> str:
     return unicodedata.normalize("NFC", urllib.parse.unquote(str(name))).casefold().replace("\\", "/")
 
 
+LARGEST_LABEL = 20  # mask files with whole numbers up to this, 0 among them, are label maps
+
+
+def read_splits(folders: dict[str, Path], categories: tuple = ()) -> dict[str, Split]:
+    """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
+
+    What the levels of mask files mean is decided once for all splits. categories: see read_coco(). Raises TrainerError.
+    """
+    pairs = {name: find_pairs(folder) for name, folder in folders.items() if not (folder / ANNOTATION_FILE).is_file()}
+    pairs = {name: split for name, split in pairs.items() if split}
+    if pairs and categories:
+        raise TrainerError(f"CATEGORIES is {categories!r}, but the masks of {', '.join(pairs)} are files, without "
+                           "categories: leave it empty")
+    draw_mask_files(pairs)
+    return {name: pairs[name] if name in pairs else read_coco(folder, categories) for name, folder in folders.items()}
+
+
+def is_mask_file(path: Path) -> bool:
+    """Whether an image file is a mask, by its name: NAME_mask, or anything in a folder called masks."""
+    return path.stem.lower().endswith("_mask") or path.parent.name.lower() == "masks"
+
+
+def find_pairs(split_dir: Path) -> Split | None:
+    """The images of a folder, and of the folders in it, with their mask files; None if there is no mask file.
+
+    The mask of X is X_mask beside it, or X in masks/, which lies beside X or beside its folder images/.
+    Raises TrainerError for masks without image and for names that do not tell what belongs together.
+    """
+    def key(path):  # the same for an image and its mask
+        folder = path.parent.parent if path.parent.name.lower() in ("images", "masks") else path.parent
+        return str(folder / re.sub("_mask$", "", path.stem, flags=re.IGNORECASE))
+
+    files = sorted(path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    masks, problems, entries = {}, [], []
+    for path in filter(is_mask_file, files):
+        if (other := masks.setdefault(key(path), path)) is not path:
+            problems.append(("two masks for one image", f"{other} and {path}"))
+    if not masks:
+        return None
+    images = [path for path in files if not is_mask_file(path)]
+    uses = Counter(map(key, images))
+    problems += [("mask without image", str(path)) for name, path in masks.items() if name not in uses]
+    problems += [("mask for more than one image", str(path)) for name, path in masks.items() if uses[name] > 1]
+    if problems:
+        raise TrainerError(f"{split_dir} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
+                           "Rename or remove these files.")
+    for number, path in enumerate(images):
+        mask = masks.get(key(path))
+        entries.append(ImageEntry(number, str(path), path.relative_to(split_dir).as_posix(), 0, 0,
+                                  mask_path=str(mask or ""), annotations=Counter({"mask file": 1} if mask else {})))
+    return Split(entries, {"mask file": True})
+
+
+def read_mask_file(path: str) -> np.ndarray:
+    """The grey levels of a mask file: uint8 or uint16 [H, W]; of a coloured one, the largest channel."""
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, ValueError, cv2.error):
+        image = None
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise TrainerError(f"its mask {path} is not an image of 8 or 16 bit")
+    return image if image.ndim == 2 else image[..., :3].max(axis=2)
+
+
+def count_levels(entry: ImageEntry) -> np.ndarray:
+    """How many pixels of the entry's mask file have each grey level; empty if it has none. Sets the entry's size."""
+    try:
+        picture = read_mask_file(entry.mask_path) if entry.mask_path else read_image(entry.path)[..., 0]
+    except TrainerError as error:
+        entry.error = str(error).removeprefix(f"{entry.path}: ")
+        return np.zeros(0, np.int64)
+    entry.height, entry.width = picture.shape
+    return np.bincount(picture.ravel()) if entry.mask_path else np.zeros(0, np.int64)
+
+
+def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
+    """What grey levels mean, from the number of pixels that have each of them in all mask files.
+
+    Of two levels the upper one is tumour; in label maps all above 0; where JPEG or resizing has blurred two levels,
+    what is nearer to the upper one. Returns (the lowest level that is tumour, or 0 if levels could mean anything; the
+    levels that a file should have few of, or none).
+    """
+    levels = np.flatnonzero(pixels)
+    first, last = int(levels[0]), int(levels[-1])
+    if len(levels) == 2 or last == 0:
+        return max(1, last), levels[:0]
+    if first == 0 and last <= LARGEST_LABEL:
+        return 1, levels[:0]
+    middle = (first + last + 1) // 2
+    low, high = int(pixels[:middle].argmax()), middle + int(pixels[middle:].argmax())  # the two that were blurred
+    between = levels[(levels > low + (high - low) / 16) & (levels < high - (high - low) / 16)]
+    # A third level would be a peak of its own.
+    if len(levels) > 8 and pixels[between].max(initial=0) <= 0.02 * pixels[middle:].sum():
+        return (low + high + 1) // 2, between
+    return 0, levels[1:-1] if len(levels) > 1 else levels
+
+
+def draw_mask_files(splits: dict[str, Split]) -> None:
+    """Give the entries of find_pairs() their size and mask. Raises TrainerError where grey levels could mean anything.
+
+    A mask file that cannot be read is noted in its entry.
+    """
+    def draw(entry):
+        mask = (read_mask_file(entry.mask_path) >= least).astype(np.uint8)
+        boxes = cv2.connectedComponentsWithStats(mask)[2][1:]  # left, top, width, height, area of each tumour
+        entry.tumours, entry.boxes = len(boxes), int((boxes[:, 2] * boxes[:, 3] == boxes[:, 4]).sum())
+        entry.rle = coco_mask.encode(np.asfortranarray(mask)) if len(boxes) else None
+
+    entries = [entry for split in splits.values() for entry in split.entries]
+    counts = in_threads(count_levels, entries, "Reading masks")
+    pixels = np.zeros(max((len(found) for found in counts), default=0), np.int64)
+    for found in counts:
+        pixels[:len(found)] += found
+    if not pixels.any():
+        return
+    least, between = tumour_levels(pixels)
+    levels, odd = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1])), []
+    for entry, found in zip(entries, counts):
+        strays = found[between[between < len(found)]].sum()
+        if strays > (max(0.2 * found[least:].sum(), 0.02 * found.sum()) if least else 0):
+            odd.append(entry.mask_path)
+    if odd:
+        raise TrainerError(f"{len(odd)} mask file(s) have grey levels that could mean anything (all levels: {levels}):"
+                           f"{bullet_list(odd)}\nA mask has two levels, of which the upper one is tumour, or it is a "
+                           f"label map with whole numbers from 0 to {LARGEST_LABEL}, of which all above 0 are tumour. "
+                           "Convert these files, or remove them.")
+    if np.count_nonzero(pixels) > 2:
+        kind = (f"mask files with more than two grey levels: tumour is {least} and above", f"levels {levels}")
+        next(iter(splits.values())).remarks.append(kind)
+    in_threads(draw, [entry for entry, found in zip(entries, counts) if len(found)], "Reading masks")
+
+
 # ===== One pass over all files: audit and cache =======================================================================
 
 # Correlation of two thumbnails; in the public data most such pairs are slices at most three numbers apart.
@@ -667,20 +813,25 @@ def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None
 
 def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     """Read one image file once: fill its cache slot and note what is found. A damaged file is noted, not raised."""
+    if entry.error:  # its file, or that of its mask, is known to be of no use
+        return
     try:
         image, mask, full = load_sample(entry, cfg.IMG_SIZE, cfg.GREY_PERCENTILES)
     except TrainerError as error:
-        entry.error = entry.error or str(error).removeprefix(f"{entry.path}: ")
+        entry.error = str(error).removeprefix(f"{entry.path}: ")
         return
     if cache is not None:
         cache.pixels(entry.cache_slot, "r+")[:] = np.dstack([image, mask])
     truth, grey = entry.mask(), cv2.cvtColor(full, cv2.COLOR_RGB2GRAY)
     entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
-    sizes = f"{entry.width}x{entry.height} pixels in the JSON, {full.shape[1]}x{full.shape[0]} in the file"
+    where = "mask" if entry.mask_path else "JSON"
+    sizes = f"{entry.width}x{entry.height} pixels in the {where}, {full.shape[1]}x{full.shape[0]} in the file"
     if truth.any() and not mask.any():
         entry.remarks.append((f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}", ""))
-    if full.shape[:2] == truth.shape[::-1] != truth.shape:
+    if full.shape[:2] != truth.shape and entry.mask_path:
+        entry.error = f"its mask {entry.mask_path} has another size: {sizes}"
+    elif full.shape[:2] == truth.shape[::-1] != truth.shape:
         entry.error = f"width and height are swapped in the JSON: {sizes}"
     elif full.shape[:2] != truth.shape:
         entry.remarks.append(("file whose size differs from the JSON's (the mask is stretched with it)", sizes))
@@ -692,9 +843,9 @@ def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
         if shown == stored or truth.shape == stored and x + width <= stored[0] and y + height <= stored[1]:
             entry.remarks.append(("EXIF orientation, and nothing says whether the outlines were drawn in the turned "
                                   "picture: look at training_samples.png", ""))
-    small = resize(grey, 32, 32).astype(np.float32).ravel()
+    small = resize(grey, 32, 32).astype(np.float64).ravel()  # exact enough to be the same on every machine
     small -= small.mean()
-    entry.thumbnail = small / max(float(np.linalg.norm(small)), 1e-6)
+    entry.thumbnail = (small / max(float(np.linalg.norm(small)), 1e-6)).astype(np.float32)
 
 
 def split_folder(cfg: Settings, name: str) -> Path:
@@ -704,20 +855,77 @@ def split_folder(cfg: Settings, name: str) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None) -> tuple[dict, PixelCache | None]:
+def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
+    """Set the patient of each image by PATIENT_PATTERN. Raises TrainerError, with names, if it misses any."""
+    entries = [entry for split in splits.values() for entry in split.entries] if pattern else []
+    for entry in entries:
+        match = re.search(pattern, entry.file_name.replace("\\", "/"))
+        entry.patient = (match and match[1]) or ""
+    if missed := [entry.file_name for entry in entries if not entry.patient]:
+        raise TrainerError(f"PATIENT_PATTERN {pattern!r} finds no patient in {len(missed)} of {len(entries)} file "
+                           f"names:{bullet_list(missed, 5)}")
+
+
+def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[str]:
+    """File names of a random share of the images: whole patients, or, if they are not known, whole groups of images
+    that look alike, so that neighbouring slices stay together. Raises TrainerError if all are one group.
+    """
+    groups = np.array([entry.patient for entry in entries])
+    if not groups[0]:
+        thumbnails = np.stack([entry.thumbnail for entry in entries]).astype(np.float64)
+        groups = np.arange(len(entries))
+        for i in range(1, len(entries)):  # row by row, because the whole matrix may not fit into memory
+            alike = groups[:i][thumbnails[:i] @ thumbnails[i] > NEAR_DUPLICATE_CORRELATION]
+            if alike.size:
+                groups[:i + 1][np.isin(groups[:i + 1], [*alike, i])] = alike.min()
+    names, sizes = np.unique(groups, return_counts=True)
+    if len(names) < 2:
+        raise TrainerError("there is no valid folder, and nothing can be held out of train for validation: all its "
+                           "images are of one patient, or look alike")
+    order = np.random.default_rng(seed).permutation(len(names))
+    # As many groups as come closest to the share, but not all.
+    count = 1 + int(np.abs(sizes[order].cumsum()[:-1] - share * len(entries)).argmin())
+    held_out = np.isin(groups, names[order[:count]])
+    log(f"There is no valid folder: {held_out.sum()} of {len(entries)} images of train are held out for validation "
+        f"(VALID_SHARE), {count} whole {'patients' if entries[0].patient else 'groups of similar images'}.")
+    return [entry.file_name for entry, held in zip(entries, held_out) if held]
+
+
+def hold_out(splits: dict[str, Split], names: list[str]) -> dict[str, Split]:
+    """Move images of train, by file name, into a split valid. Raises TrainerError if any is missing."""
+    train, chosen = splits["train"], set(names)
+    valid = [entry for entry in train.entries if entry.file_name in chosen]
+    if missing := sorted(chosen - {entry.file_name for entry in valid}):
+        raise TrainerError(f"{len(missing)} of the {len(chosen)} images that were held out of train for validation are "
+                           f"not there:{bullet_list(missing, 5)}")
+    train.entries = [entry for entry in train.entries if entry.file_name not in chosen]
+    return {"train": train, "valid": Split(valid, train.categories, is_sample=train.is_sample, held_out=True)} | splits
+
+
+def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None,
+                 held_out: list[str] | None = None) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
-    names: of the splits; "test" may be missing on disk, and is left out then. run_folder: locked by this run; None: no
-    cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
+    names: of the splits; "test" may be missing on disk, and is left out then. If valid is, VALID_SHARE of train takes
+    its place, or the images that held_out names (from the JSON of a checkpoint). run_folder: locked by this run; None:
+    no cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
     folder = {name: split_folder(cfg, name) for name in names}
     if "test" in names and not folder["test"].is_dir():
         log(f"No test folder ({folder.pop('test')}): there will be no test score.")
-    splits = {name: read_coco(path, cfg.CATEGORIES) for name, path in folder.items()}
+    if no_valid := not folder["valid"].is_dir() and ("train" in names or bool(held_out)):
+        folder = {"train": split_folder(cfg, "train")} | folder
+        folder["valid"] = folder["train"]
+    splits = read_splits({name: path for name, path in folder.items() if not (no_valid and name == "valid")},
+                         cfg.CATEGORIES)
     phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
+    if no_valid and held_out:
+        splits = hold_out(splits, held_out)
+        splits = {name: split for name, split in splits.items() if name in names}
+    find_patients(splits, cfg.PATIENT_PATTERN)
     if cfg.UNANNOTATED == "skip":
         for split in splits.values():
             split.entries = [entry for entry in split.entries if entry.annotated]
@@ -730,6 +938,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     for split in splits.values():
         good = [entry for entry in split.entries if not entry.error]
         split.skipped, split.entries = len(split.entries) - len(good), good
+    if no_valid and not held_out and splits["train"].entries:
+        splits = hold_out(splits, choose_held_out(splits["train"].entries, cfg.VALID_SHARE, cfg.SEED))
     print_audit(splits, cfg.CATEGORIES)
     problems = bullet_list(grouped([(entry.error, entry.path) for entry in bad], 3))
     for name, split in splits.items():
@@ -755,14 +965,15 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
 def print_audit(splits: dict[str, Split], categories: tuple) -> None:
     """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
     columns, first_seen, leaks, copies, single = [], {}, [], [], []
-    findings = [(remark, "") for remark in [*find_near_duplicates(splits), *split_remarks(splits, categories)]]
-    ignored = {name: not counts for split in splits.values() for name, (_, counts) in split.categories.items()}
+    findings = [(remark, "") for remark in [*split_remarks(splits, categories), *find_near_duplicates(splits)]]
+    counts = {category: counts for split in splits.values() for category, counts in split.categories.items()}
     for name, split in splits.items():
         percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
         columns.append({
             "Data": name, "images": len(split.entries), "unusable images": split.skipped,
-            **{f"annotations: {category[:18]}" + " (ignored)" * hidden: split.categories.get(category, [0])[0]
-               for category, hidden in ignored.items()},
+            "patients (see PATIENT_PATTERN)": len({entry.patient for entry in split.entries} - {""}) or "?",
+            **{f"annotations: {category[:18]}" + " (ignored)" * (not counts[category]):
+               sum(entry.annotations[category] for entry in split.entries) for category in counts},
             "without annotation": sum(not entry.annotated for entry in split.entries),
             "without tumour": sum(not entry.tumour_fraction for entry in split.entries),
             "several tumours": sum(entry.tumours > 1 for entry in split.entries),
@@ -786,17 +997,21 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
 
 
 def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
-    """Remarks about whole splits: boxes, images without annotation, several categories. As sentences."""
+    """Remarks about whole splits: shared patients, boxes, images without annotation, several categories. Sentences."""
     remarks, entries = [], [entry for split in splits.values() for entry in split.entries]
+    places = sum((Counter({entry.patient for entry in split.entries if entry.patient}) for split in splits.values()),
+                 Counter())
+    if shared := sorted(patient for patient in places if places[patient] > 1):
+        remarks.append(f"{len(shared)} of {len(places)} patients are in more than one split, which makes scores too "
+                       f"good (data leakage); move each into one split: {', '.join(shared[:5])}"
+                       + ", ..." * (len(shared) > 5))
     tumours, boxes = sum(entry.tumours for entry in entries), sum(entry.boxes for entry in entries)
     if boxes and boxes >= 0.95 * tumours:
         remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
     if missing := sum(not entry.annotated for entry in entries):
         remarks.append(f"{missing} of {len(entries)} images have no annotation: they are trained on, and scored, as "
                        "free of tumour. If nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
-    used = Counter()
-    for split in splits.values():
-        used.update({name: count for name, (count, _) in split.categories.items() if count})
+    used = sum((entry.annotations for entry in entries), Counter())
     if len(used) > 1 and not categories:
         names = [name for name, _ in used.most_common()]
         remarks.append(f"all categories count as tumour: {', '.join(names)}. To choose, set CATEGORIES (--categories "
@@ -874,11 +1089,13 @@ class BrainTumorDataset(torch.utils.data.Dataset):
                  normalize: bool = True, categories: tuple = CATEGORIES, mean: tuple = MEAN, std: tuple = STD,
                  entries: list[ImageEntry] | None = None, cache: PixelCache | None = None,
                  percentiles: tuple = GREY_PERCENTILES):
-        """entries and cache: of a split that prepare_data() has checked; without them the JSON is read here.
+        """entries and cache: of a split that prepare_data() has checked; without them the annotations are read here.
 
         Raises TrainerError when the split cannot be used.
         """
-        self.entries = read_coco(split_dir, categories).entries if entries is None else entries
+        if entries is None:
+            entries = read_splits({"": Path(split_dir)}, categories)[""].entries
+        self.entries = entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.percentiles = percentiles
         self.transform = build_transform(train, normalize, mean, std)
@@ -1158,13 +1375,41 @@ def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     return means | {f"pooled_{name}": float(value) for name, value in pooled.items()}
 
 
-def confidence_interval(values: np.ndarray) -> list[float]:
+def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = None) -> dict:
+    """The reported scores of a set from those of its images: summarize(), and what a mean over images hides.
+
+    dice_with_tumour, iou_with_tumour: means over the images that have a tumour.
+    tumour_free_predicted_empty: the share of the other images in which no tumour is predicted.
+    dice_per_patient_mean, _median: over patients (a name for each image, or None), of the Dice of all pixels of a
+    patient. NAME_95_ci: confidence_interval(). What a set does not have is absent.
+    """
+    tumour, result = scores["true_positive_px"] + scores["false_negative_px"] > 0, summarize(scores)
+    values = {name: (scores[name].numpy(), patients) for name in ("dice", "iou")}
+    if tumour.any():
+        owners = [patient for patient, has in zip(patients, tumour) if has] if patients else None
+        values |= {f"{name}_with_tumour": (scores[name][tumour].numpy(), owners) for name in ("dice", "iou")}
+    if patients:
+        groups = np.unique(patients, return_inverse=True)[1]
+        counts = [torch.from_numpy(np.bincount(groups, scores[name].numpy())) for name in COUNTS]
+        values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), None
+        result["dice_per_patient_median"] = float(np.median(values["dice_per_patient_mean"][0]))
+    for name, (images, owners) in values.items():
+        result |= {name: float(images.mean()), f"{name}_95_ci": confidence_interval(images, owners)}
+    if not tumour.all():
+        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"] == 0)[~tumour].double().mean())
+    return result
+
+
+def confidence_interval(values: np.ndarray, patients: list[str] | None = None) -> list[float]:
     """95 % confidence interval of the mean of [N] values: percentile bootstrap (Efron 1979), 2000 seeded resamples.
 
-    It is too narrow where several images come from one patient.
+    patients: whose image each value is of; then patients are resampled, with all their images (cluster bootstrap).
+    Without them the interval is too narrow where several images come from one patient.
     """
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    return [float(bound) for bound in np.percentile(values[draws].mean(axis=1), (2.5, 97.5))]
+    groups = np.unique(patients, return_inverse=True)[1] if patients else np.arange(len(values))
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
+    return [float(bound) for bound in np.percentile(sums[draws].sum(1) / sizes[draws].sum(1), (2.5, 97.5))]
 
 
 def hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -1585,19 +1830,24 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
         "settings": dict(vars(cfg)),
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
         "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
+        **({"held_out": [entry.file_name for entry in splits["valid"].entries]} if splits["valid"].held_out else {}),
         "data_counts": {name: {"images": len(split.entries),
-                               "annotations": sum(count for count, counts in split.categories.values() if counts),
+                               "annotations": sum(count for entry in split.entries for category, count
+                                                  in entry.annotations.items() if split.categories[category]),
                                "without_tumour": sum(entry.rle is None for entry in split.entries),
                                "without_annotation": sum(not entry.annotated for entry in split.entries),
-                               "skipped": split.skipped, "near_duplicates": split.near_duplicates}
+                               "skipped": split.skipped, "near_duplicates": split.near_duplicates,
+                               **({"patients": len({entry.patient for entry in split.entries})}
+                                  if cfg.PATIENT_PATTERN else {})}
                         for name, split in splits.items()}}
 
 
 # ===== Checkpoints ====================================================================================================
 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
+LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
-             "test_metrics.csv", "test_predictions.png", LAST)
+             "test_metrics.csv", "test_predictions.png", *LABEL_CHECK, LAST)
 FORMAT = 4  # of the state in LAST
 EVALUATED = ("threshold", "valid_metrics", "test_metrics")  # what evaluate_checkpoint() adds to the JSON
 PLOT_SECONDS = 300.0  # between two plots of the history, which take as long as a short epoch
@@ -1708,6 +1958,8 @@ CONFIDENT = np.float32(THRESHOLDS[-1])  # tumour probability; on CONFIDENT_FRACT
 # Of a set whose images without annotation show tumours, 95 % were confident predictions after training (annotated ones:
 # 98 %); of a set with true negatives, 30 % (58 %), by an undertrained model.
 CONFIDENT_FRACTION = 0.002
+LABEL_FINDINGS = ("tumour where none is annotated", "annotated tumour that is not seen", "outlines that hardly overlap")
+HARDLY_OVERLAP = 0.5  # Dice
 
 
 def prediction_settings(cfg: Settings) -> dict:
@@ -1810,36 +2062,43 @@ def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, na
     return in_threads(work, range(len(dataset)), f"Scoring {name}", most)
 
 
+def load_for_evaluation(cfg: Settings, checkpoint: Path, splits: dict[str, Split],
+                        cache: PixelCache | None) -> tuple[torch.nn.Module, dict[str, BrainTumorDataset]]:
+    """The model, and the splits as it has to see them."""
+    model = load_model(checkpoint, cfg=cfg)
+    settings = model.prediction_settings
+    settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
+    return model, {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], entries=split.entries,
+                                           cache=cache, percentiles=settings["grey_percentiles"])
+                   for name, split in splits.items()}
+
+
 def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """Find the threshold on valid, score test with it, write the tables and pictures, and update the JSON."""
-    model, output = load_model(checkpoint, cfg=cfg), Path(cfg.OUTPUT_DIR)
-    metadata, settings = model.metadata, model.prediction_settings
-    settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
-    dataset = {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], entries=split.entries,
-                                       cache=cache, percentiles=settings["grey_percentiles"])
-               for name, split in splits.items()}
+    model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
+    metadata, settings, output = model.metadata, model.prediction_settings, Path(cfg.OUTPUT_DIR)
     counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], counts_per_threshold, "valid"))).double()
     dice = metrics_from_counts(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the one closest to 0.5
     threshold = settings["threshold"] = float(THRESHOLDS[chosen])
     valid = dict(zip(COUNTS, counts[:, chosen].unbind(-1)))
-    metadata |= settings | {"valid_metrics": summarize(metrics_from_counts(*valid.values()) | valid)}
-    log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Means over images at the original resolution;\n"
-        "both masks empty scores 1, only one of them empty 0:")
-    log(f"  valid  {len(counts)} images  {format_metrics(metadata['valid_metrics'])}")
+    patients = {name: [entry.patient for entry in split.entries] if cfg.PATIENT_PATTERN else None
+                for name, split in splits.items()}
+    metadata |= settings | {"valid_metrics": final_scores(metrics_from_counts(*valid.values()) | valid,
+                                                          patients["valid"])}
     confident = {"valid": counts[:, -1, :2].sum(dim=1).tolist()}  # pixels
     if "test" in dataset:
         rows = evaluate_split(model, dataset["test"], functools.partial(score_test_image, threshold=threshold), "test")
         confident["test"] = [row.pop("confident_px") for row in rows]
-        metadata["test_metrics"] = report_test(rows)
+        metadata["test_metrics"] = summarize_test(rows, patients["test"])
         entries = dataset["test"].entries
         write_table(output / "test_metrics.csv", [
-            {"file_name": entry.file_name} | {name: f"{value:.10g}" for name, value in row.items()}
-            for entry, row in zip(entries, rows)])
+            {"file_name": entry.file_name} | ({"patient": entry.patient} if entry.patient else {})
+            | {name: f"{value:.10g}" for name, value in row.items()} for entry, row in zip(entries, rows)])
         plot_predictions(output / "test_predictions.png", model, entries, np.array([row["dice"] for row in rows]))
-        if not any(entry.rle for entry in entries):
-            log("  No image of test has a tumour: its scores only count false alarms.")
+    print_scores({name: {"images": len(splits[name].entries)} | metadata[f"{name}_metrics"]
+                  for name in splits if name != "train"}, threshold)
     for name, pixels in confident.items():
         report_unannotated(name, dataset[name].entries, pixels)
     for name, found in metadata.get("data_counts", {}).items():
@@ -1862,19 +2121,77 @@ def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[
              f"Look at {', '.join(found[:3])}, and see UNANNOTATED.")
 
 
-def report_test(rows: list[dict[str, float]]) -> dict:
-    """Print what the rows of test_metrics.csv come to. Returns it for the JSON."""
-    columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
-    found = {name: int(columns.pop(name).sum()) for name in ("lesions", "lesions_found", "false_lesions")}
-    found |= {"hd95_px": float(columns.pop("hd95_px").mean())}
-    found |= {f"{name}_95_ci": confidence_interval(columns[name]) for name in ("dice", "iou")}
-    metrics = summarize({name: torch.from_numpy(values) for name, values in columns.items()})
-    log(f"  test   {len(rows)} images  {format_metrics(metrics)}\n"
-        "  95 % confidence interval of the mean: dice {:.4f} to {:.4f}, iou {:.4f} to {:.4f} (too narrow if several "
-        "images\n  come from one patient)".format(*found["dice_95_ci"], *found["iou_95_ci"])
-        + f"\n  HD95 {found['hd95_px']:.1f} px; {found['lesions_found']} of {found['lesions']} tumours touched, "
-        f"{found['false_lesions']} predicted where there is none")
-    return metrics | found
+def summarize_test(rows: list[dict[str, float]], patients: list[str] | None) -> dict:
+    """final_scores() of the rows of test_metrics.csv, with mean HD95 and the number of lesions."""
+    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+    lesions = {name: int(columns.pop(name).sum()) for name in ("lesions", "lesions_found", "false_lesions")}
+    return final_scores(columns, patients) | lesions
+
+
+def print_scores(metrics: dict[str, dict], threshold: float) -> None:
+    """Print the scores of the splits side by side, under their names in the JSON; of the pooled ones only Dice."""
+    def cell(scores, row):
+        value, interval = scores.get(row, ""), scores.get(f"{row}_95_ci")
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")).ljust(26)
+
+    log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Scores at the original resolution, with 95 % "
+        "confidence\nintervals; means over images, if not said otherwise; both masks empty scores 1, one of them 0.")
+    log(" " * 31 + "".join(name.ljust(26) for name in metrics).rstrip())
+    for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
+        if not row.endswith("_95_ci") and (row == "pooled_dice" or not row.startswith("pooled_")):
+            log("  " + row.ljust(29) + "".join(cell(scores, row) for scores in metrics.values()).rstrip())
+    if "dice_with_tumour" not in metrics.get("test", metrics["valid"]):
+        log("  No image of test has a tumour: its scores only count false alarms.")
+    if "dice_per_patient_mean" not in metrics["valid"]:
+        log("  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.")
+
+
+def label_finding(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict:
+    """Where the model contradicts the annotation of an image most: kind, dice, size_px and confidence; {} if nowhere.
+
+    Either a predicted tumour that touches no annotated one, an annotated one that touches no predicted one, or, of all
+    that touch, outlines with a Dice below HARDLY_OVERLAP. confidence, 0..1: |probability - mask| where prediction and
+    mask differ, and 0 where they agree, as a mean over the pixels of these tumours; size_px is the number of them.
+    """
+    prediction = binarize(probability, threshold)
+    difference, rest, findings = np.where(prediction == mask, 0, np.abs(probability - mask)), prediction | mask, []
+    for kind, tumours, others in zip(LABEL_FINDINGS, (prediction, mask), (mask, prediction)):
+        count, places = cv2.connectedComponents(tumours)
+        for number in set(range(1, count)) - set(np.unique(places[others > 0])):
+            findings.append((kind, places == number))
+            rest[places == number] = 0
+    if rest.any() and 2 * (prediction & mask).sum() < HARDLY_OVERLAP * (prediction + mask)[rest > 0].sum():
+        findings.append((LABEL_FINDINGS[2], rest > 0))
+    if not findings:
+        return {}
+    kind, where = max(findings, key=lambda finding: difference[finding[1]].mean())
+    dice = 2 * (prediction & mask).sum() / (prediction.sum() + mask.sum())
+    return {"kind": kind, "dice": round(float(dice), 4), "size_px": int(where.sum()),
+            "confidence": round(float(difference[where].mean()), 4)}
+
+
+def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
+    """List the annotations that the model contradicts, by confidence * (1 - Dice), for somebody to look at.
+
+    A model has seen the annotations of train: where it contradicts one of them all the same, that counts more.
+    """
+    model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
+    find, rows = functools.partial(label_finding, threshold=model.prediction_settings["threshold"]), []
+    for name, split in splits.items():
+        rows += [({"split": name, "file_name": entry.file_name} | finding, entry)
+                 for entry, finding in zip(split.entries, evaluate_split(model, dataset[name], find, name)) if finding]
+    rows.sort(key=lambda row: -row[0]["confidence"] * (1 - row[0]["dice"]))
+    kinds = Counter(row["kind"] for row, _ in rows)
+    log("\nThe model contradicts " + (", ".join(f"{kinds[kind]} x {kind}" for kind in LABEL_FINDINGS) if rows
+                                      else "no annotation") + ".")
+    if rows:
+        write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
+        cases = [(entry, f"{number}. {row['split']}: ", f"{row['kind']}\nconfidence {row['confidence']:.2f}")
+                 for number, (row, entry) in enumerate(rows[:20], 1)]
+        plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts", 2)
+        log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
+            f"{len(cases)}.\nLook at them, correct the annotations that are wrong, and train again.")
 
 
 def find_images(sources: list[str]) -> list[Path]:
@@ -1889,7 +2206,7 @@ def find_images(sources: list[str]) -> list[Path]:
         refused = lambda error: left_out.update([f"folder that cannot be read ({error.filename})"])  # noqa: E731
         for folder, _, names in os.walk(source, onerror=refused):
             for path in (Path(folder) / name for name in sorted(names)):
-                if path.name in RUN_FILES or re.search(r"_(mask|overlay)(_\d+)?$", path.stem):
+                if path.name in RUN_FILES or is_mask_file(path) or re.search(r"_(mask|overlay)(_\d+)?$", path.stem):
                     left_out["named like a mask or a result of this script"] += 1
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     files.append(path)
@@ -1989,21 +2306,28 @@ def plot_history(path: Path, history: list[dict]) -> None:
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], dice: np.ndarray, each: int = 2):
-    """Best, median and worst test cases: image, truth, prediction, and overlay with the Dice of the case."""
+    """Best, median and worst test cases, with the Dice of each."""
     order = [int(i) for i in np.argsort(-dice, kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
     cases = {}  # a case keeps the first of its labels, where there are few
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
         cases |= {i: label for i in part if i not in cases}
-    rows = []
-    for i in (i for i in order if i in cases):
-        percentiles = model.prediction_settings["grey_percentiles"]
-        image, truth = read_image(entries[i].path, entries[i].height, entries[i].width, percentiles), entries[i].mask()
-        image = resize(image, *truth.shape)
+    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", f"Dice {dice[i]:.3f}") for i in order if i in cases],
+               "Test images")
+
+
+def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str,
+               columns: int = 1) -> None:
+    """Image, annotation, prediction and overlay of each case (entry, label, caption); columns: cases in a row."""
+    pictures = []
+    for entry, label, caption in cases:
+        percentiles, truth = model.prediction_settings["grey_percentiles"], entry.mask()
+        image = resize(read_image(entry.path, entry.height, entry.width, percentiles), *truth.shape)
         mask = predict_mask(model, image)
-        rows.append([(image, f"{cases[i]}: ...{Path(entries[i].file_name).name[-24:]}"), (truth, "truth"),
-                     (mask, "prediction"), (draw_overlay(image, mask, truth), f"Dice {dice[i]:.3f}")])
-    plot_grid(path, rows, "Test images (in the overlay green: truth, red: prediction)")
+        pictures.append([(image, f"{label}...{Path(entry.file_name).name[-24:]}"), (truth, "annotation"),
+                         (mask, "prediction"), (draw_overlay(image, mask, truth), caption)])
+    rows = [sum(pictures[first:first + columns], []) for first in range(0, len(pictures), columns)]
+    plot_grid(path, rows, f"{title} (in the overlay green: annotation, red: prediction)")
 
 
 # ===== Plumbing: command line =========================================================================================
@@ -2016,6 +2340,9 @@ def at_least(least: int | float) -> tuple:
 
 RULES = {  # what a setting must satisfy, in words and as a test
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
+    "PATIENT_PATTERN": ("None, or a regular expression with one group",
+                        lambda v: v is None or re.compile(v).groups == 1),
+    "VALID_SHARE": ("between 0 and 1", lambda v: 0 < v < 1),
     "UNANNOTATED": ('"tumour-free" or "skip"', lambda v: v in ("tumour-free", "skip")),
     "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
     "GREY_PERCENTILES": ("two numbers from 0 to 100, the smaller one first",
@@ -2084,7 +2411,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     settings_block = Path(__file__).read_text(encoding="utf-8").split("# ===== ")[1]
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--resume | --audit | --evaluate | --predict PATH ...] [--name-of-a-constant VALUE ...]",
+        usage="%(prog)s [--resume | --audit | --evaluate | --check-labels | --predict PATH ...] [--SETTING VALUE ...]",
         description=__doc__.split("\n\n")[0], epilog=f"{settings_block}\nLOSSES: {', '.join(LOSSES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail  # one sentence, as for every other error, instead of the whole usage
@@ -2092,8 +2419,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in OUTPUT_DIR")
     group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
     group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
+    group.add_argument("--check-labels", action="store_true", help="list annotations that the best model contradicts")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
-    parser.add_argument("--checkpoint", metavar="FILE", help="for --evaluate and --predict [that in OUTPUT_DIR]")
+    parser.add_argument("--checkpoint", metavar="FILE", help="for the last three [that in OUTPUT_DIR]")
     for name in CONSTANTS:
         value = globals()[name]
         if isinstance(value, bool):
@@ -2129,8 +2457,9 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
             setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))  # --output-dir=~/x is not expanded by shells
     if cfg.DATA_DIR:
         cfg.DATA_DIR = os.path.abspath(cfg.DATA_DIR)  # a run may be resumed from another working directory
-    if mode.checkpoint and not (mode.evaluate or mode.predict):
-        parser.error("--checkpoint goes with --evaluate and --predict; to train on from a model, set INIT_WEIGHTS")
+    if mode.checkpoint and not (mode.evaluate or mode.check_labels or mode.predict):
+        parser.error("--checkpoint goes with --evaluate, --check-labels and --predict; to train on from a model, set "
+                     "INIT_WEIGHTS")
     mode.requested = vars(cfg) | {"DEVICE": given.get("DEVICE", settings_in_file()["DEVICE"])}
     if mode.resume:
         mode.requested = resume_settings(cfg, given, read_state(Path(cfg.OUTPUT_DIR))["settings"])
@@ -2171,13 +2500,13 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> dict:
 
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
-    starts = not (mode.resume or mode.audit or mode.evaluate or mode.predict)
+    starts = not (mode.resume or mode.audit or mode.evaluate or mode.check_labels or mode.predict)
     for name, (legal, holds) in RULES.items():
         if name in ("ENCODER_WEIGHTS", "INIT_WEIGHTS") and not starts:
             continue
         try:
             good = holds(getattr(cfg, name))
-        except (TypeError, AttributeError, RuntimeError):  # an edited constant of the wrong type, a strange device
+        except (TypeError, AttributeError, RuntimeError, re.error):  # a constant of the wrong type, a strange device
             good = False
         if not good:
             raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
@@ -2197,7 +2526,7 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
 def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises TrainerError and Interrupted."""
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
-    if not (mode.predict or mode.audit or mode.evaluate):
+    if not (mode.predict or mode.audit or mode.evaluate or mode.check_labels):
         start_processes(cfg)
         check_gpu(cfg)
         train(cfg, mode.resume, mode.requested)
@@ -2223,8 +2552,11 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
             setattr(cfg, name, trained)
         cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
         cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
-        with locked_data(cfg, ["valid", "test"], checkpoint.parent, Path(cfg.OUTPUT_DIR)) as (splits, cache):
-            evaluate_checkpoint(cfg, checkpoint, splits, cache)
+        cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
+        names = ["train"] * mode.check_labels + ["valid", "test"]
+        with locked_data(cfg, names, checkpoint.parent, Path(cfg.OUTPUT_DIR),
+                         held_out=metadata.get("held_out")) as (splits, cache):
+            (check_labels if mode.check_labels else evaluate_checkpoint)(cfg, checkpoint, splits, cache)
 
 
 # ===== Plumbing: the machine ==========================================================================================
@@ -2368,7 +2700,7 @@ def on_first(work, is_first: bool) -> list:
 
 
 @contextlib.contextmanager
-def locked_data(cfg: Settings, names: list[str], *folders: Path):
+def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[str] | None = None):
     """Lock folders for this run, and give what prepare_data() returns to all processes.
 
     Each machine reads its data once, into a cache that belongs to the first folder and is removed at the end of the
@@ -2383,7 +2715,7 @@ def locked_data(cfg: Settings, names: list[str], *folders: Path):
         on_first(lock, rank() == 0)  # before anybody touches the cache
         if local_rank == 0:
             stack.callback(remove_cache, folders[0])
-        yield on_first(lambda: prepare_data(cfg, names, folders[0]), local_rank == 0)[rank() - local_rank]
+        yield on_first(lambda: prepare_data(cfg, names, folders[0], held_out), local_rank == 0)[rank() - local_rank]
 
 
 def lock_folder(folder: Path):

@@ -362,8 +362,7 @@ NAN, INFINITY = float("nan"), float("inf")
 # (words that the message must hold: the file, what is wrong, what to do), and damages that lead to it.
 BROKEN = [
     # --- folders and JSON files
-    *((f"data/{split};folder not found;DATA_DIR", [lambda root, split=split: shutil.rmtree(root / split)])
-      for split in ("train", "valid")),
+    ("data/train;folder not found;DATA_DIR", [lambda root: shutil.rmtree(root / "train")]),
     ("data folder not found;DATA_DIR", [shutil.rmtree]),
     *((f"data/{split};{JSON};not found;export", [file(None, f"{split}/{JSON}")]) for split in ("train", "test")),
     (f"data/train;{JSON};not valid JSON;again", jsons(b"", b"\0" * 500, b"[" * 200_000, lambda text: text[:-1],
@@ -515,7 +514,7 @@ def test_after_a_skipped_image_the_others_keep_their_pixels_and_their_numbers(da
     script.remove_cache(tmp_path / "out")
     assert [record.number for record in splits["train"].entries] == [1, 2]
     counts = script.describe_run(cfg, torch.device("cpu"), splits, "random")["data_counts"]["train"]
-    assert counts == {"images": 2, "annotations": 2, "without_tumour": 1, "without_annotation": 1, "skipped": 1,
+    assert counts == {"images": 2, "annotations": 1, "without_tumour": 1, "without_annotation": 1, "skipped": 1,
                       "near_duplicates": 0}
 
 
@@ -569,7 +568,8 @@ def test_the_table_counts_images_annotations_and_tumours(tmp_path, capfd):
         (50, [[box(20, 20, 40, 40)]], {}), (51, [], {}), (52, [[box(10, 10, 10, 10)], [box(50, 50, 10, 20)]], {}),
         (53, [[box(0, 0, 100, 50)]], {}), (54, [], {})], valid=[(60, [OUTLINE], {}), (61, [], {})]))
     assert rows == {
-        "images": ["5", "2"], "unusable images": ["0", "0"], "annotations: tumor": ["4", "1"],
+        "images": ["5", "2"], "unusable images": ["0", "0"], "patients (see PATIENT_PATTERN)": ["?", "?"],
+        "annotations: tumor": ["4", "1"],
         "without annotation": ["2", "1"], "without tumour": ["2", "1"],
         "several tumours": ["1", "0"], "smallest tumour, % of image": ["3.000", "15.920"],
         "median tumour, % of image": ["16.000", "15.920"], "largest tumour, % of image": ["50.000", "15.920"],
@@ -847,7 +847,7 @@ def test_any_coco_file_is_read_or_refused(tmp_path, values, replacements, data):
         assert JSON in str(error) and error.exit_code == 2
         return
     assert len(split.entries) == len(coco["images"])
-    assert sum(count for count, _ in split.categories.values()) == len(coco["annotations"])
+    assert sum(entry.annotations.total() for entry in split.entries) == len(coco["annotations"])
     for record in split.entries:
         mask = record.mask()
         assert mask.shape == (record.height, record.width) and set(np.unique(mask)) <= {0, 1}

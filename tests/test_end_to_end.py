@@ -4,6 +4,7 @@ The run itself is the fixture `trained` in conftest.py.
 """
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -75,7 +76,7 @@ def test_the_run_beats_an_empty_and_a_full_mask_by_far(record):
 
 def test_the_run_writes_all_promised_files_and_nothing_else(out):
     files = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert set(files) - {".brain_tumor.lock"} == {*script.RUN_FILES}
+    assert set(files) - {".brain_tumor.lock"} == {*script.RUN_FILES} - {*script.LABEL_CHECK}
     assert files["training_samples.png"] < files["training_history.csv"]  # drawn before the first step
 
 
@@ -94,8 +95,9 @@ def test_the_json_is_the_record_of_the_run_and_holds_what_other_code_needs(recor
         name: {"images": images, "annotations": images, "without_tumour": images // 8,
                "without_annotation": images // 8, "skipped": 0, "near_duplicates": 0}
         for name, images in (("train", 32), ("valid", 8), ("test", 8))}
-    assert set(record["valid_metrics"]) == {*SCORES, *POOLED}
-    assert set(record["test_metrics"]) == {*SCORES, *POOLED, *EXTENT, "dice_95_ci", "iou_95_ci"}
+    bounded = [name + kind for name in ("dice", "iou") for kind in ("", "_with_tumour")]
+    final = {*SCORES, *POOLED, "tumour_free_predicted_empty", *bounded, *(f"{name}_95_ci" for name in bounded)}
+    assert set(record["valid_metrics"]) == final and set(record["test_metrics"]) == final | {*EXTENT}
     assert all(0 <= record[f"{split}_metrics"][name] <= 1 for split in ("valid", "test") for name in SCORES + POOLED)
 
 
@@ -168,10 +170,47 @@ def test_the_console_has_one_aligned_line_per_epoch_with_the_time_left(trained):
 def test_the_console_tells_what_matters(trained, record):
     found = record["test_metrics"]
     for words in ("No GPU is used", f"Threshold {record['threshold']:.2f}", f"dice {found['dice']:.4f}",
-                  "both masks empty", "95 % confidence interval of the mean: dice {:.4f}".format(*found["dice_95_ci"]),
-                  f"HD95 {found['hd95_px']:.1f} px; {found['lesions_found']} of 9 tumours touched",
+                  "both masks empty", "({:.3f} to {:.3f})".format(*found["dice_95_ci"]), f"{found['hd95_px']:.4f}\n",
+                  f"dice_with_tumour             {record['valid_metrics']['dice_with_tumour']:.4f}",
+                  f"tumour_free_predicted_empty  {record['valid_metrics']['tumour_free_predicted_empty']:.4f}",
                   script.BEST, "training_history.png", "training_samples.png", "test_predictions.png"):
         assert words in trained[1].stdout
+
+
+def plant_mistakes(folder):
+    """Change annotations of a sample split: three removed, three moved, two exchanged, two invented. Returns files."""
+    path = folder / "_annotations.coco.json"
+    coco = json.loads(path.read_text(encoding="utf-8"))
+    notes = {note["image_id"]: note for note in coco["annotations"]}
+    images = [image for image in coco["images"] if image["id"] in notes]
+    free = [image for image in coco["images"] if image["id"] not in notes][:2]
+    for image in images[:3]:
+        coco["annotations"].remove(notes[image["id"]])
+    for image in images[3:6]:
+        note, half = notes[image["id"]], image["width"] / 2
+        left = min(note["segmentation"][0][::2]) < half / 2
+        note["segmentation"][0][::2] = [x + (70 if left else -70) for x in note["segmentation"][0][::2]]
+        note.pop("bbox", None)
+    a, b = (notes[image["id"]] for image in images[6:8])
+    a["image_id"], b["image_id"] = b["image_id"], a["image_id"]
+    for number, image in enumerate(free):
+        coco["annotations"].append(notes[images[8 + number]["id"]] | {"id": 1000 + number, "image_id": image["id"]})
+    path.write_text(json.dumps(coco), encoding="utf-8")
+    return {image["file_name"] for image in images[:8] + free}
+
+
+def test_planted_mistakes_are_found_by_the_model(out, tmp_path):
+    """Of 10 among 48 images at least 7 are in the first 15 of the list: a blind search would find 3."""
+    for split in ("train", "valid", "test"):
+        shutil.copytree(ROOT / split, tmp_path / "data" / split)
+    planted = plant_mistakes(tmp_path / "data" / "train")
+    assert len(planted) == 10
+    assert script.main(["--check-labels", "--checkpoint", str(out / script.BEST), "--data-dir", str(tmp_path / "data"),
+                        "--output-dir", str(tmp_path)]) == 0
+    rows = table(tmp_path / "label_check.csv")
+    assert len({(row["split"], row["file_name"]) for row in rows}) == len(rows)
+    assert len(planted & {row["file_name"] for row in rows[:15]}) >= 7
+    assert cv2.imread(str(tmp_path / "label_check.png")).shape[1] == 1840
 
 
 def test_output_into_a_file_is_free_of_bars_and_warnings(trained):

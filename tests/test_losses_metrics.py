@@ -328,3 +328,59 @@ def test_a_confidence_interval_repeats_and_draws_from_its_own_generator():
     first = script.confidence_interval(values)
     assert first == script.confidence_interval(values) and [type(bound) for bound in first] == [float, float]
     assert np.random.get_state()[1].tolist() == before
+
+
+# --- what a mean over images hides
+
+
+def counts(*rows):
+    """The scores of images with these pixel counts (true positive, false positive, false negative)."""
+    tp, fp, fn = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return script.metrics_from_counts(tp, fp, fn) | dict(zip(script.COUNTS, (tp, fp, fn)))
+
+
+def test_final_scores_by_hand():
+    """Three patients: one is right, one has a false alarm in a tumour-free image, of one nothing is found."""
+    scores = counts((4, 0, 0), (0, 0, 0), (2, 1, 1), (0, 3, 0), (0, 0, 5))
+    found = script.final_scores(scores, ["a", "a", "b", "b", "c"])
+    assert found["dice"] == pytest.approx((1 + 1 + 2 / 3 + 0 + 0) / 5)
+    assert found["dice_with_tumour"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert found["iou_with_tumour"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert found["tumour_free_predicted_empty"] == 0.5
+    # b: 2 pixels right, 1 + 3 too many, 1 missed.
+    assert found["dice_per_patient_mean"] == pytest.approx((1 + 4 / 9 + 0) / 3)
+    assert found["dice_per_patient_median"] == pytest.approx(4 / 9)
+    assert found["dice_per_patient_mean_95_ci"] == script.confidence_interval(np.array([1, 4 / 9, 0]))
+    assert found["dice_with_tumour_95_ci"] == script.confidence_interval(np.array([1, 2 / 3, 0]), ["a", "b", "c"])
+    assert found["dice_95_ci"] == script.confidence_interval(scores["dice"].numpy(), ["a", "a", "b", "b", "c"])
+    assert found.items() >= script.summarize(scores).items()
+
+
+def test_what_a_set_does_not_have_is_absent():
+    found = script.final_scores(counts((4, 0, 0), (2, 1, 1)))
+    assert found["dice_with_tumour"] == found["dice"] and "tumour_free_predicted_empty" not in found
+    assert not any("patient" in name for name in found)
+    found = script.final_scores(counts((0, 0, 0), (0, 1, 0)))
+    assert found["tumour_free_predicted_empty"] == 0.5 and not any("with_tumour" in name for name in found)
+
+
+def test_an_interval_of_two_patients_by_hand():
+    """Of a with 0 and 0 and b with 1, resamples are a twice: 0; b twice: 1; both: 1/3, the mean over three images."""
+    values, patients = np.array([0.0, 0.0, 1.0]), ["a", "a", "b"]
+    assert script.confidence_interval(values, patients) == [0, 1]
+    assert script.confidence_interval(np.full(5, 0.3), [*"aabbc"]) == pytest.approx([0.3, 0.3])
+    assert script.confidence_interval(values, [*"abc"]) == script.confidence_interval(values)
+
+
+def test_the_interval_over_patients_covers_the_truth_where_images_of_a_patient_are_alike():
+    """95 % of the intervals should hold the true mean; those over images, as if they were independent, do not."""
+    rng, hits, trials = np.random.default_rng(0), np.zeros(2), 200
+    for _ in range(trials):
+        sizes = rng.integers(4, 20, 50)
+        patients = np.repeat(np.arange(50), sizes)
+        values = 0.7 + 0.15 * rng.standard_normal(50)[patients] + 0.1 * rng.standard_normal(len(patients))
+        for i, groups in enumerate((list(patients), None)):
+            low, high = script.confidence_interval(values, groups)
+            hits[i] += low <= 0.7 <= high
+    assert 0.90 <= hits[0] / trials <= 0.98
+    assert hits[1] / trials < 0.7

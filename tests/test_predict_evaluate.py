@@ -412,16 +412,30 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
         assert found[f"{name}_95_ci"] == pytest.approx(script.confidence_interval(values))
     assert found["hd95_px"] == pytest.approx((27 + math.hypot(64, 64) + 3) / 5)
     assert [found[name] for name in columns[2:]] == [4, 3, 1]
+    assert found["dice_with_tumour"] == pytest.approx((1 + 2 / 3 + 0.7) / 3)
+    assert found["tumour_free_predicted_empty"] == 0.5
+    assert "tumour_free_predicted_empty" not in metadata["valid_metrics"]
     out = capsys.readouterr().out
-    low, high, iou_low, iou_high = (f"{value:.4f}" for value in found["dice_95_ci"] + found["iou_95_ci"])
-    for line in ("Threshold 0.50 gives the best Dice on valid. Means over images at the original resolution;\n"
-                 "both masks empty scores 1, only one of them empty 0:\n",
-                 "  valid  1 images  dice 1.0000  iou 1.0000  precision 1.0000  recall 1.0000  pooled_dice 1.0000\n",
-                 f"  test   5 images  dice 0.6733  iou {iou.mean():.4f}  precision 0.7400  recall 0.6400  pooled_dice ",
-                 f"of the mean: dice {low} to {high}, iou {iou_low} to {iou_high} (too narrow if several images\n"
-                 "  come from one patient)\n",
-                 "  HD95 24.1 px; 3 of 4 tumours touched, 1 predicted where there is none\n"):
-        assert line in out
+
+    def cell(name):
+        return f"{found[name]:.4f} " + "({:.3f} to {:.3f})".format(*found[f"{name}_95_ci"])
+
+    for line in ("Threshold 0.50 gives the best Dice on valid. Scores at the original resolution, with 95 % "
+                 "confidence\nintervals; means over images, if not said otherwise; both masks empty scores 1, ",
+                 "                               valid                     test\n",
+                 "  images                       1                         5\n",
+                 f"  dice                         1.0000 (1.000 to 1.000)   {cell('dice')}\n",
+                 f"  iou                          1.0000 (1.000 to 1.000)   {cell('iou')}\n",
+                 "  precision                    1.0000                    0.7400\n",
+                 f"  dice_with_tumour             1.0000 (1.000 to 1.000)   {cell('dice_with_tumour')}\n",
+                 "  tumour_free_predicted_empty                            0.5000\n",
+                 f"  hd95_px                                                {found['hd95_px']:.4f}\n",
+                 "  lesions                                                4\n",
+                 "  lesions_found                                          3\n",
+                 "  false_lesions                                          1\n",
+                 "  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.\n"):
+        assert line in out, out
+    assert "pooled_iou" not in out and "_95_ci" not in out
 
 
 @pytest.mark.parametrize("augmented", [False, True])
@@ -619,3 +633,62 @@ def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp
     assert names(out) == ["good_mask.png", "good_overlay.png"]
     assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2
     assert f"no checkpoint to evaluate: {out / script.BEST}" in capsys.readouterr().err
+
+
+# --- the model checks the labels
+
+
+def square(x, y, size):
+    return filled([(x, y, size, size, 1)])
+
+
+@pytest.mark.parametrize("probability, mask, expected", [
+    (square(10, 10, 8), square(10, 10, 8), {}), (square(0, 0, 0), square(0, 0, 0), {}),
+    (0.9 * square(10, 10, 8), square(0, 0, 0), ("tumour where none is annotated", 0, 64, 0.9)),
+    (square(0, 0, 0), square(10, 10, 8), ("annotated tumour that is not seen", 0, 64, 1)),
+    (0.25 * square(10, 10, 8), square(10, 10, 8), ("annotated tumour that is not seen", 0, 64, 0.75)),
+    # Both are away from each other; the larger confidence is that of what is not seen.
+    (0.75 * square(40, 40, 8), square(10, 10, 4), ("annotated tumour that is not seen", 0, 16, 1)),
+    # 4 of 16 columns in common: Dice 0.4 of 8 and 12 columns, and 12 of 16 columns are wrong.
+    (filled([(10, 10, 8, 8, 1)]), filled([(14, 10, 12, 8, 1)]), ("outlines that hardly overlap", 0.4, 128, 0.75)),
+    (filled([(10, 10, 8, 8, 1)]), filled([(14, 10, 8, 8, 1)]), {}),  # a Dice of 0.5 is no finding
+    # A second tumour is not annotated; the first one is right, and counts for Dice only.
+    (square(10, 10, 8) + 0.8 * square(40, 40, 8), square(10, 10, 8),
+     ("tumour where none is annotated", 2 / 3, 64, 0.8))])
+def test_what_contradicts_an_annotation_by_hand(probability, mask, expected):
+    found = script.label_finding(probability.astype(np.float32), mask.astype(np.uint8), 0.5)
+    assert {**found} == (dict(zip(("kind", "dice", "size_px", "confidence"), (
+        expected[0], *(pytest.approx(value, abs=1e-4) for value in expected[1:])))) if expected else {})
+
+
+def test_planted_mistakes_come_first_in_table_and_picture(tmp_path, tiny, capsys, monkeypatch):
+    """Removed, invented, shifted and swapped masks among right ones; two pixels are no matter."""
+    shown, data = [], tmp_path / "data"
+    monkeypatch.setattr(script, "plot_cases", lambda path, model, cases, *_: shown.append((path.name, cases)))
+
+    def case(annotated, *drawn):
+        return [(*box, 16, 16) for box in annotated], filled([(*box, 16, 16, 230) for box in drawn])
+
+    write_cases(data / "train", case([(5, 5)], (5, 5)), case([], (20, 20)), case([(30, 30)]), case([]),
+                case([(5, 40)], (5, 42)))
+    write_cases(data / "valid", case([(5, 5)], (15, 5)), case([(40, 5)], (5, 40)), case([(8, 8)], (8, 8)))
+    path = saved(tmp_path / "run", bright(20, 0.5))
+    assert main("--check-labels", "--data-dir", data, "--output-dir", path.parent) == 0
+    rows = list(csv.DictReader((path.parent / "label_check.csv").read_text(encoding="utf-8").splitlines()))
+    assert {(row["split"], row["file_name"][3]) for row in rows} == {
+        ("train", "1"), ("train", "2"), ("valid", "0"), ("valid", "1")}
+    assert rows[-1]["split"] == "valid" and rows[-1]["kind"] == "outlines that hardly overlap"
+    (name, cases), = shown
+    assert [name, *(entry.file_name for entry, _, _ in cases)] == ["label_check.png", *(r["file_name"] for r in rows)]
+    out = capsys.readouterr().out
+    assert ("The model contradicts 1 x tumour where none is annotated, 2 x annotated tumour that is not seen, 1 x "
+            "outlines that hardly overlap.\n") in out and "label_check.png shows the first 4" in out
+
+
+def test_labels_without_contradiction_write_nothing(tmp_path, tiny, capsys):
+    data, path = tmp_path / "data", saved(tmp_path / "run")
+    for split in ("train", "valid"):
+        write_cases(data / split, ([(5, 5, 20, 20)], filled([(5, 5, 20, 20, 255)])))
+    assert main("--check-labels", "--data-dir", data, "--output-dir", path.parent) == 0
+    assert "contradicts no annotation." in capsys.readouterr().out
+    assert not [name for name in names(path.parent) if name.startswith("label_check")]

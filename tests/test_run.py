@@ -194,7 +194,7 @@ CHANGES = {
     "UNANNOTATED": ["skip"], "GREY_PERCENTILES": [0.5, 99.5], "ENCODER": ["resnet34"],
     "ARCHITECTURE": ["unet"], "LOSS": ["focal_tversky"], "SEED": [7], "LR": [0.5], "LR_FROM_SCRATCH": [0.5],
     "WARMUP_STEPS": [3], "EMA_EPOCHS": [0.7], "WEIGHT_DECAY": [0.5], "GRAD_CLIP": [9], "PLATEAU_FACTOR": [0.3],
-    "PLATEAU_PATIENCE": [3]}
+    "PLATEAU_PATIENCE": [3], "PATIENT_PATTERN": [r"(\d)"], "VALID_SHARE": [0.3]}
 
 
 def flags(name):
@@ -473,7 +473,7 @@ def test_a_file_that_cannot_be_moved_leaves_the_earlier_run_whole(here, finished
 
 def test_a_start_that_is_refused_leaves_the_earlier_run_where_it_is(here, finished, tmp_path):
     earlier = contents(finished)
-    code, text = here(alone(finished, "--seed", 5, data=write_data(tmp_path / "data", 2, 0, 0)))
+    code, text = here(alone(finished, "--seed", 5, data=write_data(tmp_path / "data", 0, 2, 0)))
     assert code == 2 and "folder not found" in text and contents(finished) == earlier
 
 

@@ -1,0 +1,397 @@
+"""Data as people have it: patients, one folder without valid, mask files instead of COCO."""
+
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from pycocotools import mask as coco_mask
+from test_contradictions import make, noise_picture, octagon
+from test_data import accepted, arguments, refused, remarks, table, write
+
+
+def run(data, out, *more):
+    """Train on a data folder; returns the JSON of the best model."""
+    assert script.main(arguments(data, out, *more)) == 0
+    return json.loads((out / script.BEST).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def weights(out):
+    return torch.load(out / script.BEST, weights_only=True)
+
+
+def same_weights(out, other):
+    a, b = weights(out), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def renamed(name):
+    """A change for make(): name(split, i) is the file of image i."""
+    def change(coco, folder):
+        for i, image in enumerate(coco["images"]):
+            image["file_name"] = name(folder.name, i)
+            (folder / image["file_name"]).parent.mkdir(exist_ok=True)
+            (folder / f"{i}.png").rename(folder / image["file_name"])
+    return change
+
+
+# ===== Patients =======================================================================================================
+
+PATTERN = r"(p\d+)_"
+
+
+def test_the_audit_counts_patients_and_mentions_that_it_could(tmp_path, capfd):
+    data = make(tmp_path / "data", renamed(lambda split, i: f"p{i // 2 + 10 * (split == 'valid')}_{i}.png"))
+    out, _ = accepted(capfd, data, tmp_path / "out", "--patient-pattern", PATTERN)
+    assert table(out)["patients (see PATIENT_PATTERN)"] == ["3", "3"] and remarks(out) == []
+    assert table(accepted(capfd, data, tmp_path / "out")[0])["patients (see PATIENT_PATTERN)"] == ["?", "?"]
+
+
+def test_a_patient_in_two_splits_is_the_first_remark(tmp_path, capfd):
+    data = make(tmp_path / "data", renamed(lambda split, i: f"p{i + 5 * (split == 'valid')}_{i}.png"))
+    write(data / "train" / "p7_more.png", noise_picture(0, 96, 128))  # not listed: it does not count
+    shutil.copy(data / "train" / "p0_0.png", data / "train" / "p1_1.png")  # another remark
+    found = remarks(accepted(capfd, data, tmp_path / "out", "--patient-pattern", PATTERN)[0])
+    assert len(found) == 2 and found[0].startswith("1 of 11 patients are in more than one split")
+    assert found[0].endswith("into one split: p5")
+
+
+def test_the_folder_of_an_image_may_name_its_patient(tmp_path, capfd):
+    data = make(tmp_path / "data", renamed(lambda split, i: f"p{i % 3}_{split}/slice {i}.png"))
+    out, _ = accepted(capfd, data, tmp_path / "out", "--patient-pattern", r"^(p\d_\w+)/")
+    assert table(out)["patients (see PATIENT_PATTERN)"] == ["3", "3"]
+
+
+@pytest.mark.parametrize("pattern, words", [
+    (PATTERN, "finds no patient in 3 of 12 file names:\n  - x3.png\n  - x4.png\n  - x5.png\n"),
+    ("(p|x|v)(.)", "one group"), ("p", "one group"), ("(p", "one group")])
+def test_a_pattern_that_does_not_fit_is_refused(pattern, words, tmp_path, capfd):
+    data = make(tmp_path / "data", renamed(lambda split, i: f"{'x' * (split == 'train' and i > 2) or f'p{i}_'}{i}.png"))
+    assert words in refused(capfd, data, tmp_path / "out", "--audit", "--patient-pattern", pattern)
+
+
+def test_scores_are_per_patient_in_the_json_the_table_and_the_printed_lines(tmp_path, tiny, capfd):
+    data, out = make(tmp_path / "data", renamed(lambda split, i: f"p{i // 3}{split}_{i}.png"),
+                     splits=("train", "valid", "test")), tmp_path / "out"
+    record = run(data, out, "--patient-pattern", r"(p\d\w+)_")
+    printed = capfd.readouterr().out
+    for name in ("valid_metrics", "test_metrics"):
+        assert 0 <= record[name]["dice_per_patient_mean"] <= 1 and len(record[name]["dice_per_patient_mean_95_ci"]) == 2
+    assert f"  dice_per_patient_mean        {record['valid_metrics']['dice_per_patient_mean']:.4f} (" in printed
+    assert "too narrow" not in printed
+    assert [line.split(",")[:2] for line in (out / "test_metrics.csv").read_text().splitlines()] == [
+        ["file_name", "patient"], *([f"p{i // 3}test_{i}.png", f"p{i // 3}test"] for i in range(6))]
+    assert record["data_counts"]["test"]["patients"] == 2
+    # The pattern of the run is that of its evaluation, too, unless there is another one.
+    assert script.main(arguments(data, out, "--evaluate")) == 0
+    assert json.loads((out / script.BEST).with_suffix(".json").read_text())["test_metrics"] == record["test_metrics"]
+    assert script.main(arguments(data, out, "--evaluate", "--patient-pattern", r"(\d)\w+_")) == 0
+    assert (out / "test_metrics.csv").read_text().splitlines()[1].startswith("p0test_0.png,0,")
+
+
+# ===== No valid folder ================================================================================================
+
+
+def one_folder(root, count=20, name=lambda _, i: f"{i}.png", splits=("train",)):
+    return make(root, renamed(name), count, (48, 64), splits)
+
+
+def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tiny, capfd):
+    data, out = one_folder(tmp_path / "data", splits=("train", "test")), tmp_path / "out"
+    record = run(data, out)
+    text = capfd.readouterr().out
+    assert "4 of 20 images of train are held out for validation (VALID_SHARE)" in text
+    assert table(text)["images"] == ["16", "4", "20"]
+    names = record["held_out"]
+    assert len(names) == 4 and set(names) < {f"{i}.png" for i in range(20)}
+    assert [record["data_counts"][name]["images"] for name in ("train", "valid", "test")] == [16, 4, 20]
+    scores = record["valid_metrics"]
+    assert script.main(arguments(data, out, "--evaluate", "--seed", 9, "--valid-share", 0.5)) == 0
+    assert table(capfd.readouterr().out)["images"] == ["4", "20"]
+    again = json.loads((out / script.BEST).with_suffix(".json").read_text(encoding="utf-8"))
+    assert again["valid_metrics"] == scores and again["held_out"] == names
+    # Without one of them, the scores would be others.
+    coco_path = data / "train" / script.ANNOTATION_FILE
+    coco = json.loads(coco_path.read_text())
+    coco["images"] = [image for image in coco["images"] if image["file_name"] != names[0]]
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in {i["id"] for i in coco["images"]}]
+    coco_path.write_text(json.dumps(coco))
+    assert script.main(arguments(data, out, "--evaluate")) == 2
+    message = capfd.readouterr().err
+    assert "1 of the 4 images that were held out of train" in message and names[0] in message
+
+
+def test_training_on_what_is_left_is_training_on_the_same_two_folders(tmp_path, tiny):
+    data = one_folder(tmp_path / "data")
+    names = run(data, tmp_path / "out")["held_out"]
+
+    def part(root, split, keep):
+        """A split of its own, with the numbers that the images had: unused ones come last."""
+        shutil.copytree(data / "train", root / split)
+        path = root / split / script.ANNOTATION_FILE
+        coco = json.loads(path.read_text())
+        ids = {image["id"] for image in coco["images"] if (image["file_name"] in names) == keep}
+        coco["images"] = [image for image in coco["images"] if image["id"] in ids]
+        coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] in ids]
+        path.write_text(json.dumps(coco))
+        return root
+
+    two = part(part(tmp_path / "two", "train", False), "valid", True)
+    assert "held_out" not in run(two, tmp_path / "same", "--epochs", 1)
+    # Only the augmentation differs: it depends on the place in the list. So compare the split itself.
+    held, apart = (script.prepare_data(script.read_settings(["--data-dir", str(root), "--img-size", "64"])[0],
+                                       ["train", "valid"])[0] for root in (data, two))
+    for name in ("train", "valid"):
+        assert [entry.digest for entry in held[name].entries] == [entry.digest for entry in apart[name].entries]
+        assert [entry.mask_digest for entry in held[name].entries] == [e.mask_digest for e in apart[name].entries]
+    assert held["valid"].held_out and not apart["valid"].held_out
+
+
+def test_whole_patients_are_held_out(tmp_path, tiny):
+    data = one_folder(tmp_path / "data", name=lambda _, i: f"p{i // 5}_{i}.png")
+    names = run(data, tmp_path / "out", "--patient-pattern", PATTERN)["held_out"]
+    assert len(names) == 5 and len({name.partition("_")[0] for name in names}) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_images_that_look_alike_stay_together(seed, tmp_path, capfd):
+    data, rng = one_folder(tmp_path / "data", 12), np.random.default_rng(0)
+    for i in range(3):
+        noise = rng.normal(0, 9, (48, 64))
+        write(data / "train" / f"{i}.png", np.clip(noise_picture(0, 48, 64) + noise, 0, 255).astype(np.uint8))
+    cfg = script.read_settings(["--data-dir", str(data), "--img-size", "64", "--seed", str(seed)])[0]
+    splits = script.prepare_data(cfg, ["train", "valid"])[0]
+    places = {entry.file_name: name for name, split in splits.items() for entry in split.entries}
+    assert places["0.png"] == places["1.png"] == places["2.png"] and {*places.values()} == {"train", "valid"}
+    assert "whole groups of similar images" in capfd.readouterr().out
+
+
+def test_a_chain_of_similar_images_is_one_group():
+    """Its ends look alike only by way of its middle."""
+    thumbnails = [np.array(v, np.float64) for v in ((1, 0), (np.cos(0.3), np.sin(0.3)), (np.cos(0.6), np.sin(0.6)),
+                                                    (0, 1))]
+    order = [0, 2, 3, 1]  # the link between the two ends comes last
+    entries = [script.ImageEntry(i, "", str(i), 1, 1, thumbnail=thumbnails[i]) for i in order]
+    for seed in range(9):
+        held = script.choose_held_out(entries, 0.25, seed)
+        assert held in (["3"], ["0", "2", "1"])
+
+
+def test_the_share_is_met_as_groups_allow_and_depends_on_the_seed():
+    entries = [script.ImageEntry(i, "", str(i), 1, 1, patient=f"p{i // 4}") for i in range(100)]
+    for share, count in ((0.2, 20), (0.5, 48), (0.01, 4), (0.99, 96)):
+        assert abs(len(script.choose_held_out(entries, share, 0)) - count) <= 4
+    assert len(script.choose_held_out(entries, 0.01, 0)) == 4 and len(script.choose_held_out(entries, 0.999, 0)) == 96
+    found = {tuple(script.choose_held_out(entries, 0.2, seed)) for seed in range(5)}
+    assert len(found) == 5 and script.choose_held_out(entries, 0.2, 3) == script.choose_held_out(entries, 0.2, 3)
+
+
+def test_nothing_can_be_held_out_of_one_patient(tmp_path, capfd):
+    data = one_folder(tmp_path / "data", name=lambda _, i: f"p1_{i}.png")
+    assert "no valid folder" in refused(capfd, data, tmp_path / "out", "--audit", "--patient-pattern", PATTERN)
+
+
+def test_a_resumed_run_holds_out_the_same_images_and_may_not_change_that(tmp_path, tiny, capfd):
+    data = one_folder(tmp_path / "data", name=lambda _, i: f"p{i // 2}_{i}.png")
+    record = run(data, tmp_path / "whole", "--epochs", 2)
+    run(data, tmp_path / "two", "--epochs", 1)
+    for flag, value in (("--valid-share", 0.4), ("--patient-pattern", PATTERN)):
+        assert script.main(arguments(data, tmp_path / "two", "--epochs", 2, "--resume", flag, value)) == 2
+        assert flag[2:].upper().replace("-", "_") + ": saved" in capfd.readouterr().err
+    resumed = run(data, tmp_path / "two", "--epochs", 2, "--resume")
+    assert resumed["held_out"] == record["held_out"] and same_weights(tmp_path / "whole", tmp_path / "two")
+
+
+def test_with_a_valid_folder_nothing_is_held_out(tmp_path, tiny):
+    data = one_folder(tmp_path / "data", 6, splits=("train", "valid"))
+    assert "held_out" not in run(data, tmp_path / "a", "--valid-share", 0.5)
+    run(data, tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+# ===== Mask files =====================================================================================================
+
+
+def pairs(root, place, count=6, splits=("train", "valid"), suffix=".png", missing=(), levels=(0, 255), options=()):
+    """Pictures with an octagon each and their mask files; place(i) is (image, mask) below the folder of the split."""
+    for number, split in enumerate(splits):
+        rng = np.random.default_rng(number)
+        for i in range(count):
+            polygon = octagon(rng.uniform(40, 90), rng.uniform(35, 60), rng.uniform(10, 20), rng.uniform(10, 25))
+            mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 96, 128)))
+            image, name = place(i)
+            write(root / split / (image + suffix), noise_picture(100 * number + i, 96, 128))
+            if i not in missing:
+                dtype = np.uint16 if max(levels) > 255 else np.uint8
+                write(root / split / name, np.array(levels, dtype)[mask], options)
+    return root
+
+
+PLACES = {"beside": lambda i: (f"切片 {i}", f"切片 {i}_mask.png"), "masks": lambda i: (f"{i}", f"masks/{i}.png"),
+          "images and masks": lambda i: (f"images/{i}", f"masks/{i}.png"),
+          "masks with _mask": lambda i: (f"images/{i}", f"masks/{i}_mask.png"),
+          "folders of patients": lambda i: (f"p{i // 2}/{i}", f"p{i // 2}/{i}_MASK.tif"),
+          "the same name in every folder": lambda i: (f"p{i}/images/slice", f"p{i}/masks/slice.bmp")}
+
+
+def as_coco(source, target):
+    """The same data with a COCO file: images in the order of their paths, masks as RLE."""
+    for split in source.iterdir():
+        found = sorted(path for path in split.rglob("*.*"))
+        coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumor"}]}
+        masks = [path for path in found if "mask" in str(path.relative_to(split)).lower()]
+        for i, path in enumerate(path for path in found if path not in masks):
+            folder, stem = path.parent.parent if path.parent.name == "images" else path.parent, path.stem
+            mine = [mask for mask in masks if folder in mask.parents
+                    and re.sub("_mask$", "", mask.stem, flags=re.I) == stem]
+            coco["images"].append({"id": i, "file_name": str(path.relative_to(split)), "height": 96, "width": 128})
+            if mine:
+                mask = cv2.imdecode(np.fromfile(mine[0], np.uint8), 0) > 127
+                rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+                coco["annotations"].append({"id": i, "image_id": i, "category_id": 1, "segmentation": {
+                    "size": rle["size"], "counts": rle["counts"].decode()}})
+            (target / split.name / path.relative_to(split)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / split.name / path.relative_to(split))
+        (target / split.name / script.ANNOTATION_FILE).write_text(json.dumps(coco))
+    return target
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=list(PLACES))
+def test_pairs_train_to_the_same_weights_as_the_same_data_in_coco(place, tmp_path, tiny):
+    data = pairs(tmp_path / "pairs", place, suffix=".jpg" if place is PLACES["masks"] else ".png", missing=[3])
+    record = run(data, tmp_path / "a", "--epochs", 2)
+    other = run(as_coco(data, tmp_path / "coco"), tmp_path / "b", "--epochs", 2)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert record["data_counts"] == other["data_counts"] and record["valid_metrics"] == other["valid_metrics"]
+    assert record["data_counts"]["train"] == {"images": 6, "annotations": 5, "without_tumour": 1,
+                                              "without_annotation": 1, "skipped": 0, "near_duplicates": 0}
+
+
+def test_the_audit_of_pairs(tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["beside"], missing=[1, 2])
+    write(data / "train" / "切片 0_mask.png", np.zeros((96, 128), np.uint8))
+    out, _ = accepted(capfd, data, tmp_path / "out")
+    assert table(out)["annotations: mask file"] == ["4", "4"] and table(out)["without tumour"] == ["3", "2"]
+    assert table(out)["without annotation"] == ["2", "2"]
+    found, = remarks(out)
+    assert found.startswith("4 of 12 images have no annotation")
+    out, _ = accepted(capfd, data, tmp_path / "out", "--unannotated", "skip")
+    assert table(out)["images"] == ["4", "4"]
+    assert "without categories" in refused(capfd, data, tmp_path / "out", "--audit", "--categories", "tumor")
+
+
+def test_the_public_dataset_reads_pairs_by_itself(tmp_path):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    dataset = script.BrainTumorDataset(data / "train", 64, normalize=False)
+    other = script.BrainTumorDataset(as_coco(data, tmp_path / "coco") / "train", 64, normalize=False)
+    assert len(dataset) == 6
+    for i in range(6):
+        assert all(np.array_equal(a, b) for a, b in zip(dataset.sample(i), other.sample(i)))
+        assert dataset.sample(i)[1].any()
+
+
+def masks(data, split="train"):
+    """The masks of a data folder, whose levels are decided over all of its splits."""
+    splits = script.read_splits({path.name: path for path in data.iterdir()})
+    return np.stack([entry.mask() for entry in splits[split].entries])
+
+
+@pytest.mark.parametrize("levels, suffix, options, kind", [
+    ((0, 1), ".png", (), ""), ((0, 7), ".png", (), ""), ((3, 200), ".png", (), ""), ((0, 65535), ".png", (), ""),
+    ((0, 255), ".bmp", (), ""), ((0, 255), ".jpg", (cv2.IMWRITE_JPEG_QUALITY, 95), "128 and above"),
+    ((0, 255), ".jpg", (cv2.IMWRITE_JPEG_QUALITY, 60), "128 and above"),
+    ((10, 240), ".jpg", (cv2.IMWRITE_JPEG_QUALITY, 80), " and above")])
+def test_of_two_levels_the_upper_one_is_tumour(levels, suffix, options, kind, tmp_path, capfd):
+    plain = masks(pairs(tmp_path / "plain", PLACES["masks"]))
+    data = pairs(tmp_path / "data", lambda i: (f"{i}", f"masks/{i}{suffix}"), levels=levels, options=options)
+    assert np.array_equal(masks(data), plain)
+    found = remarks(accepted(capfd, data, tmp_path / "out")[0])
+    assert kind in found[0] if kind else found == []
+
+
+def test_coloured_masks_and_transparency(tmp_path):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    plain = masks(data)
+    for split in data.iterdir():
+        for i, path in enumerate(sorted(split.glob("masks/*"))):
+            mask = script.read_mask_file(path)
+            red, opaque = np.dstack([mask * 0, mask * 0, mask]), np.full_like(mask, 255)
+            write(path, np.dstack([red, opaque]) if i % 2 else red)
+    assert np.array_equal(masks(data), plain)
+
+
+def relabel(path, where, value):
+    mask = script.read_mask_file(path)
+    mask[where] = value
+    write(path, mask)
+
+
+def test_of_label_maps_everything_above_zero_counts_whatever_a_file_holds(tmp_path, capfd):
+    """1, 2 and 4, as in BraTS; valid has only 0 and 1, which decides nothing."""
+    data = pairs(tmp_path / "data", PLACES["beside"], levels=(0, 1))
+    plain = {split: masks(data, split) for split in ("train", "valid")}
+    for i, value in enumerate((2, 4, 4)):
+        relabel(data / "train" / f"切片 {i}_mask.png", plain["train"][i] > 0, value)
+    for split in ("train", "valid"):
+        assert np.array_equal(masks(data, split), plain[split])
+    found, = remarks(accepted(capfd, data, tmp_path / "out")[0])
+    assert "tumour is 1 and above" in found and "levels 0, 1, 2, 4" in found
+
+
+def test_what_levels_mean_is_decided_once_for_all_files(tmp_path):
+    """Files that are black or white all over have one level, and mean what it means in the others."""
+    data = pairs(tmp_path / "data", PLACES["beside"])
+    relabel(data / "train" / "切片 0_mask.png", ..., 0)
+    relabel(data / "valid" / "切片 1_mask.png", ..., 255)
+    assert not masks(data)[0].any() and masks(data, "valid")[1].all()
+
+
+def squares(*more):
+    """A mask of 0 and 255 with further levels."""
+    mask = np.zeros((96, 128), np.uint8)
+    mask[20:60, 20:60] = 255
+    for i, level in enumerate(more):
+        mask[70:90, 10 * i:10 * i + 8] = level
+    return mask
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda root: write(root / "train" / "切片 2_mask.png", squares(128)), "切片 2_mask.png"),
+    (lambda root: write(root / "train" / "切片 2_mask.png", squares(5, 50)), "all levels: 0, 5, 50, 255"),
+    (lambda root: write(root / "train" / "切片 2_mask.png", squares(1, 2)), "切片 2_mask.png"),  # labels among others
+    (lambda root: write(root / "train" / "切片 2_mask.png", squares(*range(20, 200, 20))), "切片 2_mask.png"),
+    (lambda root: write(root / "train" / "切片 2_mask.png", noise_picture(5, 96, 128)), "切片 2_mask.png"),
+    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((90, 128), np.uint8)), "another size: 128x90"),
+    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((128, 96), np.uint8)), "another size: 96x128"),
+    (lambda root: write(root / "train" / "other_mask.png", squares()), "mask without image: "),
+    (lambda root: write(root / "train" / "masks" / "切片 2.png", squares()), "two masks for one image: "),
+    (lambda root: write(root / "train" / "切片 2.jpg", noise_picture(1, 96, 128)), "mask for more than one image: "),
+    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "is not an image of 8 or 16 bit"),
+    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b""), "is not an image of 8 or 16 bit"),
+    (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not an image, or cut short")])
+def test_masks_that_could_mean_anything_are_refused_by_name(change, words, tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["beside"])
+    change(data)
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert words in message and ("切片 2" in message or "other_mask" in message)
+
+
+def test_levels_of_one_grey_are_refused(tmp_path, capfd):
+    message = refused(capfd, pairs(tmp_path / "data", PLACES["beside"], levels=(9, 9)), tmp_path / "out", "--audit")
+    assert "all levels: 9" in message
+
+
+def test_a_bad_pair_can_be_left_out(tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["beside"])
+    (data / "train" / "切片 2_mask.png").write_bytes(b"x")
+    out, _ = accepted(capfd, data, tmp_path / "out", "--skip-bad-images")
+    assert table(out)["unusable images"] == ["1", "0"]
+
+
+def test_prediction_leaves_masks_out(tmp_path):
+    data = pairs(tmp_path / "data", PLACES["images and masks"])
+    assert [path.parent.name for path in script.find_images([str(data)])] == ["images"] * 12
