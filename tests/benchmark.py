@@ -5,6 +5,7 @@
     python tests/benchmark.py --data FOLDER --only step --precision bfloat16
     python tests/benchmark.py --data FOLDER --only epoch --versions this unsaved --images 512 --epochs 10 --output DISK
     python tests/benchmark.py --data FOLDER --only accuracy --json accuracy.json --picture accuracy.png
+    python tests/benchmark.py --data FOLDER --only accuracy --encoder-weights imagenet       from ImageNet weights, too
 
 Every measurement runs in a process of its own, the versions take turns, and medians with the smallest and the largest
 value of all repeats are printed, as Markdown and as JSON. Compare numbers of one run only: machines have moods.
@@ -12,6 +13,7 @@ value of all repeats are printed, as Markdown and as JSON. Compare numbers of on
   original        from-scratch U-Net (64 ... 1024 channels), float32, Adam, BCE + Dice, flips and brightness, every
                   image decoded, its polygons filled by OpenCV, resized by INTER_LINEAR in every epoch; saves nothing
   this            brain_tumor_integrated_smp.py through its own functions, from random weights
+  pretrained      (accuracy only, if --encoder-weights is given) the same, from these weights of --encoder
   unsaved         (epoch only) the same, but nothing is saved: what saving costs
   straightforward (loader only) this script's decoding, rasterising, resizing, augmentation and normalisation, but for
                   every image in every epoch and with float32 tensors as batches: what the cache and uint8 batches save
@@ -20,7 +22,8 @@ An epoch is all that a run does from one printed line to the next: training, val
 there was one (SAVE_SECONDS); the last save is not in it. Validation Dice is scored alike for all: the mean over images
 at the network's size, threshold 0.5, against the masks of this script. The part "accuracy" compares it after every
 epoch, with another seed in each repeat; its seconds are training and what is read before it, without validation and
-saving, for both.
+saving, for all. On one core (taskset -c 0, --workers 0, no GPU) they are seconds of the processor, which another
+program on that core does not lengthen.
 """
 
 import argparse
@@ -49,10 +52,27 @@ from torch.utils.flop_counter import FlopCounterMode
 import brain_tumor_integrated_smp as script
 
 VERSIONS = {"loader": ("straightforward", "original", "this"), "step": ("original", "this"),
-            "epoch": ("original", "this", "unsaved"), "accuracy": ("original", "this")}
+            "epoch": ("original", "this", "unsaved"), "accuracy": ("original", "this", "pretrained")}
 DEFAULTS = {"img_size": 256, "images": 64, "valid": 16, "epochs": 3, "repeats": 3}
 ACCURACY = {"img_size": 64, "images": 256, "valid": 128, "epochs": 4, "repeats": 5}
 STEPS = 5  # timed steps of the part "step", after as many that are not
+
+
+def now(options):
+    """Seconds: of the processor, where one core does one thing at a time, or else of the clock on the wall."""
+    alone = options.part == "accuracy" and options.workers == 0 and script.available_cores() == 1
+    return time.process_time() if alone and options.device == "cpu" else time.perf_counter()
+
+
+def clock(function, seconds, options):
+    """The same function, which notes in a list how long every call takes."""
+    def call(*arguments, **keywords):
+        began = now(options)
+        result = function(*arguments, **keywords)
+        seconds.append(now(options) - began)
+        return result
+
+    return call
 
 
 # ===== The original version, whole ====================================================================================
@@ -171,22 +191,10 @@ class Original:
         seconds, training, dice = [], [], []
         for epoch in range(self.options.epochs):
             began = time.perf_counter()
-            self.train(self.train_loader(epoch), epoch)
-            training.append(time.perf_counter() - began)
+            clock(self.train, training, self.options)(self.train_loader(epoch), epoch)
             dice.append(self.validate())
             seconds.append(time.perf_counter() - began)
         return seconds, training, dice, {}
-
-
-def clock(function, seconds):
-    """The same function, which notes in a list how long every call takes."""
-    def call(*arguments, **options):
-        began = time.perf_counter()
-        result = function(*arguments, **options)
-        seconds.append(time.perf_counter() - began)
-        return result
-
-    return call
 
 
 # ===== This version, through the script's own functions ===============================================================
@@ -196,12 +204,15 @@ class This:
     """What train() of the script does, without the evaluation at its end."""
 
     def __init__(self, options, device):
-        self.cfg = script.default_settings()
+        self.cfg, pretrained = script.default_settings(), options.version == "pretrained"
         self.folder = tempfile.TemporaryDirectory(dir=options.output, ignore_cleanup_errors=True)
         vars(self.cfg).update(DATA_DIR=options.data, IMG_SIZE=options.img_size, BATCH_SIZE=options.batch_size,
                               NUM_WORKERS=options.workers, DEVICE=str(device), PRECISION=options.precision,
-                              ENCODER_WEIGHTS=None, COMPILE=options.compile, EPOCHS=options.epochs, SEED=options.seed,
+                              ENCODER_WEIGHTS=options.encoder_weights if pretrained else None, SEED=options.seed,
+                              COMPILE=options.compile, EPOCHS=options.epochs,
                               EARLY_STOPPING_PATIENCE=0, OUTPUT_DIR=self.folder.name)
+        if pretrained:
+            vars(self.cfg).update(ENCODER=options.encoder, MEAN=tuple(options.mean), STD=tuple(options.std))
         self.options, self.device, self.splits, self.cache = options, device, {}, None
         self.precision = str(script.amp_dtype(self.cfg.PRECISION, device)).removeprefix("torch.")
         self.saving = options.part == "epoch" and options.version != "unsaved"
@@ -242,8 +253,8 @@ class This:
         trainer, training, saving = self.trainer, [], []
         metadata = script.describe_run(self.cfg, self.device, self.splits, trainer.weights_from)
         requested = vars(self.cfg) | {"DEVICE": None}
-        save = clock(functools.partial(script.save_run, trainer, metadata, requested), saving)
-        with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training)):
+        save = clock(functools.partial(script.save_run, trainer, metadata, requested), saving, self.options)
+        with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training, self.options)):
             trainer.fit(self.loaders, self.criterion, save if self.saving else lambda: None)
         more = {"saves": len(saving), "seconds of a save": statistics.mean(saving)} if saving else {}
         return ([row["seconds"] for row in trainer.history], training, [row["dice"] for row in trainer.history], more)
@@ -267,7 +278,7 @@ class Straightforward(This):
         return self.loader
 
 
-CLASSES = {"original": Original, "this": This, "unsaved": This, "straightforward": Straightforward}
+CLASSES = {"original": Original, "this": This, "pretrained": This, "unsaved": This, "straightforward": Straightforward}
 
 
 # ===== Measurements, each in a process of its own =====================================================================
@@ -376,12 +387,11 @@ def measure_epoch(version, options, device):
 
 def measure_accuracy(version, options, device):
     """Validation Dice after every epoch, and the seconds until then: reading the data, and training."""
-    began = time.perf_counter()
-    version.open_data()
-    seconds = time.perf_counter() - began
+    reading = []
+    clock(version.open_data, reading, options)()
     version.build()
     _, training, dice, _ = version.fit()
-    rows = enumerate(zip(dice, seconds + np.cumsum(training)), 1)
+    rows = enumerate(zip(dice, reading[0] + np.cumsum(training)), 1)
     return {name: value for epoch, row in rows for name, value in zip(
         (f"validation Dice, epoch {epoch}", f"seconds until epoch {epoch}"), map(float, row))}
 
@@ -405,8 +415,13 @@ def measure(options):
 
 def in_new_process(options, part, version, seed):
     """One measurement. Returns its numbers."""
-    names = ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision", "output")
-    words = [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(options, name)))]
+    names = ("data", "img_size", "batch_size", "images", "valid", "epochs", "device", "workers", "precision", "output",
+             "encoder", "encoder_weights", "mean", "std")
+    words = []
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, (list, tuple)) else [value])]
     words += ["--part", part, "--version", version, "--seed", str(seed)] + ["--compile"] * options.compile
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
@@ -445,8 +460,8 @@ def curves(results):
     return {version: np.array(rows).reshape(-1, 2, len(rows[0])) for version, rows in numbers.items()}
 
 
-def verdict(found):
-    """The comparison in a sentence. found: of curves(), for both versions; pairs have the same seed.
+def verdict(found, version):
+    """A version and the original in a sentence. found: of curves(); pairs have the same seed.
 
     "In the same time" is when this version has done all epochs; between two epochs the original's Dice is a line.
     """
@@ -454,7 +469,7 @@ def verdict(found):
         points = statistics.median(100 * np.array(differences))
         return f"{abs(points):.1f} points {'better' if points >= 0 else 'worse'}"
 
-    original, this = found["original"], found["this"]
+    original, this = found["original"], found[version]
     same_time, speed = [], []
     for (old, its), (new, mine) in zip(original.transpose(2, 1, 0), this.transpose(2, 1, 0)):
         same_time.append(new[-1] - np.interp(mine[-1], its, old))
@@ -473,10 +488,14 @@ def plot_accuracy(path, found, title):
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title, fontsize=9)
     left, right = figure.subplots(1, 2, sharey=True)
-    for version, colour in (("original", "tab:orange"), ("this", "tab:blue")):
+    labels = {"original": "original version", "this": "this version, random weights",
+              "pretrained": "this version, ImageNet weights"}
+    for version, colour in zip(labels, ("tab:orange", "tab:blue", "tab:green")):
+        if version not in found:
+            continue
         dice, seconds = found[version].transpose(1, 0, 2)
         for axis, x in ((left, np.arange(1, len(dice) + 1)), (right, np.median(seconds, axis=1))):
-            axis.plot(x, np.median(dice, axis=1), marker="o", color=colour, label=f"{version} version")
+            axis.plot(x, np.median(dice, axis=1), marker="o", color=colour, label=labels[version])
             axis.fill_between(x, dice.min(axis=1), dice.max(axis=1), color=colour, alpha=0.2, linewidth=0)
             axis.grid(alpha=0.3)
     left.set(title="At equal epochs", xlabel="epoch", ylabel="validation Dice (mean over images)", ylim=(0, None))
@@ -497,6 +516,10 @@ def parse(argv):
     parser.add_argument("--repeats", type=int, help="each with another seed")
     parser.add_argument("--device", default=script.DEVICE)
     parser.add_argument("--workers", type=int, default=min(4, script.available_cores()))
+    parser.add_argument("--encoder", default=script.ENCODER, help="of the version pretrained, as are the next three")
+    parser.add_argument("--encoder-weights", help="imagenet, or a file; without it that version is left out")
+    parser.add_argument("--mean", nargs=3, type=float, default=script.MEAN)
+    parser.add_argument("--std", nargs=3, type=float, default=script.STD)
     parser.add_argument("--precision", default="auto", help="of this version; the original is float32")
     parser.add_argument("--compile", action="store_true", help="this version with COMPILE")
     parser.add_argument("--only", nargs="+", choices=list(VERSIONS), default=["loader", "step", "epoch"],
@@ -520,6 +543,8 @@ def main(argv=None):
     if options.part:
         return measure(options)
     results = {}
+    if not options.encoder_weights:
+        options.versions = [name for name in options.versions if name != "pretrained"]
     for part in options.only:
         for repeat in range(options.repeats):
             order = VERSIONS[part][::-1] if repeat % 2 else VERSIONS[part]  # alternating, and each one first in turn
@@ -538,11 +563,12 @@ def main(argv=None):
     sizes = (f"{options.img_size} px, batch {options.batch_size}, {options.images} training and {options.valid} "
              f"validation images, {options.epochs} epochs, {options.repeats} repeats")
     print(f"\n{name}, PyTorch {torch.__version__}, {sizes}\n\n{table(results)}\n")
-    if options.only == ["accuracy"] and {"original", "this"} <= set(results):
-        report["verdict"] = verdict(curves(results))
-        print(report["verdict"] + "\n")
-        if options.picture:
-            plot_accuracy(options.picture, curves(results), f"From random weights. {name}, {sizes}")
+    if options.only == ["accuracy"] and "original" in results:
+        found = curves(results)
+        report["verdicts"] = {version: verdict(found, version) for version in results if version != "original"}
+        print("\n".join(f"{version}: {sentence}" for version, sentence in report["verdicts"].items()) + "\n")
+    if options.picture:
+        plot_accuracy(options.picture, curves(results), f"{name}, {sizes}")
     print(json.dumps(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2), encoding="utf-8")

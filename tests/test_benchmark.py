@@ -101,7 +101,7 @@ ORIGINAL = [([0.2, 0.3, 0.1], [10, 10, 10]), ([0.4, 0.4, 0.5], [20, 20, 20])]
 def test_the_sentence_says_what_the_curves_show():
     """Seed by seed 10, 20 and 0 points better; as good as the original's best after 2 and 4 of 20 seconds, and 8."""
     found = benchmark.curves(accuracy(ORIGINAL, [([0.4, 0.3, 0.3], [2, 2, 4]), ([0.5, 0.6, 0.5], [4, 4, 8])]))
-    assert benchmark.verdict(found) == (
+    assert benchmark.verdict(found, "this") == (
         "10.0 points better at equal epochs, 30.0 points better in the same time, reaches the original's best Dice in "
         "1/5.0 of its time (medians of 3 pairs; reached in 3, factors 2.5 ... 10.0)")
 
@@ -109,26 +109,46 @@ def test_the_sentence_says_what_the_curves_show():
 def test_the_sentence_hides_no_defeat():
     """After 15 seconds the original, on its way from 10 to 20, has 0.3, 0.35 and 0.3."""
     found = benchmark.curves(accuracy(ORIGINAL, [([0.1, 0.3, 0.2], [9, 9, 9]), ([0.2, 0.45, 0.25], [15, 15, 15])]))
-    assert benchmark.verdict(found) == (
+    assert benchmark.verdict(found, "this") == (
         "20.0 points worse at equal epochs, 5.0 points worse in the same time, does not reach the original's best Dice "
         "(medians of 3 pairs; reached in 1, factors 0.0 ... 1.3)")
 
 
-def test_accuracy_becomes_a_sentence_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_the_pretrained_version_has_its_own_encoder_and_weights(data, tmp_path):
+    """Its options reach the process that measures it, and no other version."""
+    path, encoder = tmp_path / "encoder.pth", script.build_model("resnet18", None)[0].encoder.state_dict()
+    torch.save({name: torch.full_like(value, 0.25) for name, value in encoder.items()}, path)
+    words = ["--encoder", "resnet18", "--encoder-weights", path, "--mean", *[0.5] * 3, "--std", *[0.25] * 3]
+    words = [*OPTIONS, "--data", str(data), "--epochs", "1", *map(str, words)]
+    for name in ("this", "pretrained"):
+        version = benchmark.This(benchmark.parse([*words, "--version", name]), torch.device("cpu"))
+        version.build()
+        settings = (version.cfg.ENCODER, version.cfg.MEAN, version.cfg.STD, version.trainer.weights_from)
+        version.close()
+        assert settings == (("resnet34", script.MEAN, script.STD, "random") if name == "this" else
+                            ("resnet18", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), f"file {path}"))
+    found = benchmark.in_new_process(benchmark.parse(words), "accuracy", "pretrained", 0)
+    assert 0 <= found["validation Dice, epoch 1"] <= 1
+
+
+@pytest.mark.parametrize("more", [[], ["--encoder-weights", "imagenet"]], ids=["two versions", "three"])
+def test_accuracy_becomes_a_sentence_and_a_picture(more, tmp_path, monkeypatch, capsys):
     """From the command line to the files, with made-up measurements that take turns."""
     calls = []
 
     def measured(options, part, version, seed):
         calls.append((part, version, seed, options.img_size, options.images, options.epochs))
-        rows = accuracy([([0.2], [10.0]), ([0.4], [20.0])], [([0.4], [2.0]), ([0.5], [4.0])])[version]
+        rows = accuracy([([0.2], [10.0]), ([0.4], [20.0])], [([0.4], [2.0]), ([0.5], [4.0])])
+        rows = (rows | {"pretrained": rows["this"]})[version]
         return {name: values[0] for name, values in rows.items()}
 
     monkeypatch.setattr(benchmark, "in_new_process", measured)
     benchmark.main(["--only", "accuracy", "--repeats", "2", "--device", "cpu", "--json", str(tmp_path / "found.json"),
-                    "--picture", str(tmp_path / "found.png")])
-    assert calls == [("accuracy", version, seed, 64, 256, 4) for seed, version in
-                     ((0, "original"), (0, "this"), (1, "this"), (1, "original"))]
+                    "--picture", str(tmp_path / "found.png"), *more])
+    versions = ["original", "this", "pretrained"][:2 + bool(more)]
+    assert calls == [("accuracy", version, seed, 64, 256, 4) for seed in (0, 1) for version in versions[::1 - 2 * seed]]
     report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert report["verdict"] in capsys.readouterr().out and "10.0 points better" in report["verdict"]
+    assert "this: " + report["verdicts"]["this"] in capsys.readouterr().out
+    assert "10.0 points better" in report["verdicts"]["this"]
     assert report["results"]["this"]["validation Dice, epoch 2"] == [0.5, 0.5]
     assert cv2.imread(str(tmp_path / "found.png")).shape == (400, 900, 3)
