@@ -39,6 +39,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -1234,31 +1235,76 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     Returns (model, where the encoder's weights come from, for the JSON). When the download is impossible, the model
     starts from random weights, with a warning. Raises TrainerError for a local file that does not fit.
     """
-    build = functools.partial(smp.create_model, architecture, encoder, in_channels=3, classes=1)
     unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
     try:
-        model = build(encoder_weights=None)
+        model = smp.create_model(architecture, encoder, encoder_weights=None, in_channels=3, classes=1)
     except (KeyError, ValueError, RuntimeError) as error:
         raise TrainerError(f"{unfit}: {error}") from None
-    if encoder_weights not in (None, "imagenet"):
-        load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
-        return model, f"file {encoder_weights}"
     if encoder_weights is None:
         return model, "random"
+    if encoder_weights != "imagenet":
+        load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
+        return model, f"file {encoder_weights}"
     log("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
     try:
-        return build(encoder_weights="imagenet"), "imagenet"
+        return model, load_imagenet_weights(model.encoder, encoder)
     except KeyError as error:  # there are none
         raise TrainerError(f"{unfit}: {error}") from None
-    except Exception as error:  # networks, proxies and hubs fail in many ways
-        reason = f"download failed: {type(error).__name__}: {one_line(error)}"
-        warn(f"no ImageNet weights ({reason}).\n"
+    except ConnectionError as error:
+        warn(f"no ImageNet weights ({error}).\n"
              "Training starts from RANDOM weights, with LR_FROM_SCRATCH, and needs more epochs for the same masks.\n"
              "To get the weights after all:\n"
              "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
              "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
              "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
-        return model, f"random ({reason})"
+        return model, f"random ({error})"
+
+
+DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer from a server
+
+
+def load_imagenet_weights(module: torch.nn.Module, encoder: str) -> str:
+    """Load ImageNet weights into an encoder, from the Hugging Face hub or, for ResNets, from torchvision.
+
+    The weights of ResNets are the same in both. Local caches come first. Returns which it was. Raises KeyError if there
+    are none for this encoder, and ConnectionError if they cannot be had.
+    """
+    url = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1.url if encoder.startswith("resnet") else ""
+    in_cache = url and (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
+    sources = {"Hugging Face hub": lambda: from_hub(encoder), "torchvision": lambda: torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", check_hash=True, weights_only=True)}
+    reasons, timeout = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        for name in sorted(sources, reverse=in_cache) if url else ["Hugging Face hub"]:
+            try:
+                module.load_state_dict(sources[name]())
+                return f"imagenet ({name})"
+            except KeyError:
+                raise
+            except Exception as error:  # networks, proxies, hubs and damaged files fail in many ways
+                reasons.append(f"{name}: {type(error).__name__}: {one_line(error)}")
+    finally:
+        socket.setdefaulttimeout(timeout)
+    raise ConnectionError("; ".join(reasons))
+
+
+def from_hub(encoder: str) -> dict:
+    """An encoder's ImageNet weights from the Hugging Face hub, or, if it does not answer, from its local cache."""
+    from huggingface_hub import constants, utils  # comes with segmentation-models-pytorch
+    offline, reason = constants.HF_HUB_OFFLINE, None
+    try:  # the hub's own functions would try for half a minute
+        utils.get_session().head(constants.ENDPOINT, timeout=DOWNLOAD_TIMEOUT)
+    except Exception as error:  # whatever its HTTP client raises
+        constants.HF_HUB_OFFLINE, reason = True, error
+    try:
+        return smp.encoders.get_encoder(encoder, weights="imagenet").state_dict()
+    except KeyError:
+        raise
+    except Exception as error:
+        raise reason or error from None
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def read_weights(path: str | Path) -> dict:
@@ -1574,9 +1620,12 @@ class Trainer:
         self.epoch = self.epochs_without_improvement = self.best_epoch = 0  # epochs are counted from 1
         self.best_dice, self.best_weights, self.history = -1.0, {}, []
         torch.manual_seed(cfg.SEED)
-        pretrained = state or cfg.INIT_WEIGHTS  # then the encoder's weights need not be downloaded
-        model, origin = build_model(cfg.ENCODER, None if pretrained else cfg.ENCODER_WEIGHTS, cfg.ARCHITECTURE)
-        self.weights_from = gather(origin)[0]  # DistributedDataParallel copies the first process's weights to all
+        # A pretrained model needs no encoder weights. DistributedDataParallel copies the first process's to the others.
+        weights = None if state or cfg.INIT_WEIGHTS else cfg.ENCODER_WEIGHTS
+        built = [build_model(cfg.ENCODER, None, cfg.ARCHITECTURE)] if rank() else []
+        on_first(lambda: built.append(build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)), rank() == 0)
+        model, origin = built[0]
+        self.weights_from = gather(origin)[0]
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
             load_weights(model, weights.get("ema", weights.get("average", weights)), cfg.INIT_WEIGHTS)

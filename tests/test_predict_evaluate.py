@@ -5,13 +5,16 @@ import copy
 import csv
 import errno
 import hashlib
+import http.server
 import io
 import json
 import math
 import os
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import background
 import cv2
@@ -20,7 +23,6 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from conftest import FAST, ROOT, box, script, tiny_build_model, write_coco, write_data
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 CPU, LAYOUTS = torch.device("cpu"), (torch.channels_last, torch.contiguous_format)
@@ -111,10 +113,10 @@ def predict(path, out, *words):
 # --- the model and its encoder weights
 
 
-def encoder_file(path, **more):
+def encoder_file(path, number=0.25, **more):
     """A file of ResNet18 encoder weights that are easily recognised; more replaces, adds, or (None) takes out some."""
     weights = smp.Unet("resnet18", encoder_weights=None).encoder.state_dict()
-    weights = {name: torch.full_like(value, 0.25) for name, value in weights.items()} | more
+    weights = {name: torch.full_like(value, number) for name, value in weights.items()} | more
     weights = {name: value for name, value in weights.items() if value is not None}
     (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
     return path
@@ -147,25 +149,147 @@ def test_encoder_weights_that_cannot_be_used_are_an_error_that_says_why(tmp_path
         script.build_model("resnet18", str(path))
 
 
+class Servers(http.server.BaseHTTPRequestHandler):
+    """The hub and torchvision's server, as far as a download needs them."""
+
+    files = {}  # by the last part of the path: (content, status, length that is announced)
+
+    def do_HEAD(self):
+        content, status, length = self.files.get(self.path.rpartition("/")[2], (b"", 404, 0))
+        self.send_response(200 if self.path == "/" else status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.path.split("/")[-2])  # the revision that was asked for
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.files.get(self.path.rpartition("/")[2], (b"", 404, 0))[0])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def servers(tmp_path, monkeypatch):
+    """serve(hub=VALUE, torchvision=VALUE, ...) makes encoder weights of that value available; None: there are none."""
+    from huggingface_hub import constants
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Servers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if hasattr(smp.encoders, "load_url"):  # smp 0.5 has another address of its own
+        monkeypatch.setattr(smp.encoders, "load_url", lambda *_, **__: os.stat(tmp_path / "no network"))
+
+    def serve(hub=None, torchvision=None, status=200, cut=0, digest=None, answers=True):
+        monkeypatch.setattr(constants, "ENDPOINT", address if answers else "http://127.0.0.1:9")
+        Servers.files = {}
+        if hub:
+            path = encoder_file(tmp_path / "model.safetensors", hub)
+            Servers.files |= {"config.json": (b"{}", status, 2),
+                              path.name: (path.read_bytes(), status, path.stat().st_size)}
+        content = encoder_file(tmp_path / "torchvision.pth", torchvision or 1).read_bytes()
+        name = f"resnet18-{(digest or hashlib.sha256(content).hexdigest())[:8]}.pth"
+        if torchvision:
+            Servers.files[name] = content[:len(content) - cut], 200, len(content)
+        weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=f"{address}/{name}"))
+        monkeypatch.setattr(script.torchvision.models, "get_model_weights", lambda _: weights)
+        return tmp_path / "torch" / "hub" / "checkpoints" / name
+
+    yield serve
+    server.shutdown()
+    server.server_close()
+
+
+def loaded(encoder="resnet18"):
+    """(value of the encoder's weights, where they came from)."""
+    torch.manual_seed(0)
+    model, origin = script.build_model(encoder, "imagenet", "unet")
+    values = {float(value) for value in next(model.encoder.parameters()).flatten()[:99]}
+    return values.pop() if len(values) == 1 else "random", origin
+
+
+def test_imagenet_weights_come_from_the_hub_and_then_from_its_cache(servers, capsys):
+    servers(hub=0.25, torchvision=0.5)
+    assert loaded() == (0.25, "imagenet (Hugging Face hub)")
+    servers(answers=False)
+    assert loaded() == (0.25, "imagenet (Hugging Face hub)") and "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hub", [{"answers": False}, {}, {"hub": 0.25, "status": 403}], ids=["silent", "404", "403"])
+def test_without_the_hub_they_come_from_torchvision_and_then_from_its_cache(hub, servers, capsys):
+    path = servers(**hub, torchvision=0.5)
+    assert loaded() == (0.5, "imagenet (torchvision)") and path.is_file()
+    servers(answers=False)  # the name in the cache stays that of the weights
+    script.torchvision.models.get_model_weights(0).IMAGENET1K_V1.url = f"http://127.0.0.1:9/{path.name}"
+    assert loaded() == (0.5, "imagenet (torchvision)") and "WARNING" not in capsys.readouterr().err
+
+
+def test_the_cache_of_torchvision_comes_before_the_hub(servers):
+    servers(torchvision=0.5, answers=False)
+    assert loaded()[0] == 0.5
+    servers(hub=0.25, torchvision=0.5)
+    assert loaded() == (0.5, "imagenet (torchvision)")
+
+
+@pytest.mark.parametrize("torchvision, reason", [
+    ({"digest": "0123456789"}, "invalid hash value"), ({"cut": 1000}, ""), ({"torchvision": None}, "404")])
+def test_weights_that_arrive_damaged_are_not_used(torchvision, reason, servers, capsys):
+    path = servers(**{"torchvision": 0.5, "answers": False} | torchvision)
+    value, origin = loaded()
+    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and not path.is_file()
+    assert reason in origin.partition("; torchvision: ")[2] != "" and "RANDOM weights" in capsys.readouterr().err
+
+
+def test_a_damaged_file_in_the_cache_does_not_keep_the_hub_from_being_asked(servers):
+    path = servers(hub=0.25, torchvision=0.5)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"cut short")
+    assert loaded() == (0.25, "imagenet (Hugging Face hub)")
+
+
+def test_torchvision_is_asked_for_resnets_only(servers):
+    """Its other files have other names for their weights."""
+    servers(torchvision=0.5)
+    value, origin = loaded("mobilenet_v2")
+    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and "; torchvision" not in origin
+
+
+def test_a_server_that_never_answers_is_given_up(servers, monkeypatch):
+    """It accepts the connection; without a limit this test would not end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        servers()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        script.torchvision.models.get_model_weights(0).IMAGENET1K_V1.url = f"{address}/resnet18-01234567.pth"
+        monkeypatch.setattr(script, "DOWNLOAD_TIMEOUT", 0.1)
+        assert loaded()[0] == "random"
+    assert socket.getdefaulttimeout() is None
+
+
 @pytest.mark.parametrize("error", [
-    LocalEntryNotFoundError("the hub cannot be reached"), ConnectionResetError(),  # without a word
-    type("LocalEntryNotFoundError", (FileNotFoundError, ValueError), {})("as in huggingface_hub before 1.0"),
+    ConnectionResetError(),  # without a word
     ImportError("the hub cannot be reached: no socksio")])
 def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(error, data, tmp_path, monkeypatch, capsys):
     """A refusing or SOCKS proxy, or a mirror without https://, raises errors that are no OSError."""
-    def create_model(*_, encoder_weights, **__):
-        if encoder_weights:
-            raise error
-        return tiny_build_model()[0]
+    def refuse(*_, **__):
+        raise error
 
-    monkeypatch.setattr(script.smp, "create_model", create_model)
-    assert main(*FAST, "--encoder-weights", "imagenet", "--data-dir", data, "--output-dir", tmp_path / "out") == 0
+    monkeypatch.setattr(script, "from_hub", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    out, words = tmp_path / "out", [*FAST, "--architecture", "unet", "--encoder-weights", "imagenet"]
+    assert main(*words, "--data-dir", data, "--output-dir", out) == 0
     err = capsys.readouterr().err
     for hint in (type(error).__name__, str(error), "HF_ENDPOINT", "--encoder-weights FILE", "LR_FROM_SCRATCH"):
         assert hint in err
     assert err.count("WARNING") == err.count("RANDOM weights") == 2 and "its scores are lower" in err
-    origin = script.read_metadata(tmp_path / "out" / script.BEST)[0]["encoder_weights_from"]
-    assert origin.startswith("random (") and type(error).__name__ in origin
+    origin = script.read_metadata(out / script.BEST)[0]["encoder_weights_from"]
+    assert origin.startswith("random (Hugging Face hub: ") and type(error).__name__ in origin
 
 
 @pytest.mark.parametrize("encoder", ["mit_b0", "resnext101_32x4d"])

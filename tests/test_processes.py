@@ -108,11 +108,12 @@ def spy(script, notes):
         setattr(script, name, partial(call, getattr(script, name), describe, name))
 
 
-def failed_download(script, fails):
-    """ImageNet weights that one process cannot get; the weights differ, as downloaded and random ones do."""
-    def build_model(*_):
+def download(script, origin):
+    """ImageNet weights that the first process gets, or not; without them the weights are others."""
+    def build_model(_encoder, weights, _architecture):
+        assert not (weights and script.rank())  # one process asks the network
         torch.manual_seed(script.rank())
-        return tiny_build_model()[0], "random (no network)" if script.rank() == fails else "imagenet"
+        return tiny_build_model()[0], origin if weights else "random"
 
     script.build_model = build_model
 
@@ -264,11 +265,11 @@ def test_every_machine_reads_its_data_once(tmp_path):
         assert outputs[rank].count("\nData") == 1 - rank  # one audit is printed
 
 
-@pytest.mark.parametrize("fails, origin, rate", [(0, "random (no network)", 0.02), (1, "imagenet", 0.01)])
-def test_the_first_process_decides_about_weights_and_learning_rate(fails, origin, rate, tmp_path):
-    """Whatever the other one could download."""
-    argv = arguments(tmp_path / "out", "--epochs", "1", "--lr", "0.01", "--lr-from-scratch", "0.02")
-    codes, outputs = together(argv, partial(failed_download, fails=fails), partial(spy, notes=tmp_path / "notes"))
+@pytest.mark.parametrize("origin, rate", [("random (no network)", 0.02), ("imagenet (torchvision)", 0.01)])
+def test_the_first_process_gets_the_weights_and_decides_about_the_learning_rate(origin, rate, tmp_path):
+    argv = arguments(tmp_path / "out", "--epochs", "1", "--lr", "0.01", "--lr-from-scratch", "0.02",
+                     "--encoder-weights", "imagenet")
+    codes, outputs = together(argv, partial(download, origin=origin), partial(spy, notes=tmp_path / "notes"))
     assert codes == [0, 0], outputs
     state = read(tmp_path / "out")
     assert state["weights_from"] == origin and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)

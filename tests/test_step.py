@@ -489,8 +489,8 @@ def test_the_rate_of_each_step_of_the_warm_up(warmup, stalls, expected, tiny):
 
 @pytest.mark.parametrize("words, encoder, decoder, origin", [
     ("--encoder-weights none", 0.5, 0.5, "random"),
-    ("--encoder-weights imagenet", 0.25, 0.5, "imagenet"),
-    ("--encoder-weights unreachable", 0.5, 0.5, "random (download failed: ConnectionError: no network)"),
+    ("--encoder-weights imagenet", 0.25, 0.5, "imagenet (torchvision)"),
+    ("--encoder-weights unreachable", 0.5, 0.5, "random (no network)"),
     ("--encoder-weights FILE", 0.25, 0.5, "file FILE"),
     ("--init-weights FILE --encoder-weights none", 0.25, 0.25, "checkpoint FILE"),
     ("--encoder-weights none --lr 0.125", 0.125, 0.125, "random"),
@@ -498,16 +498,17 @@ def test_the_rate_of_each_step_of_the_warm_up(warmup, stalls, expected, tiny):
     ("--encoder-weights FILE --lr 0.125 --lr-from-scratch 0.0625", 0.125, 0.0625, "file FILE")])
 def test_the_start_decides_about_the_rates(words, encoder, decoder, origin, monkeypatch, tmp_path):
     """Random weights, chosen or forced, need a larger one; a --lr that the user gives wins; a resumed run keeps it."""
-    def create_model(*_, encoder_weights=None, **__):
-        if encoder_weights and "unreachable" in words:
+    def load_imagenet_weights(*_):
+        if "unreachable" in words:
             raise ConnectionError("no network")
-        return model
+        return "imagenet (torchvision)"
 
     model = torch.nn.Module()
     model.encoder, model.decoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
     for name_in_script, value in {"LR": 0.25, "LR_FROM_SCRATCH": 0.5, "WARMUP_STEPS": 0}.items():
         monkeypatch.setattr(script, name_in_script, value)
-    monkeypatch.setattr(script.smp, "create_model", create_model)
+    monkeypatch.setattr(script.smp, "create_model", lambda *_, **__: model)
+    monkeypatch.setattr(script, "load_imagenet_weights", load_imagenet_weights)
     file = str(tmp_path / "file.pth")
     torch.save((model if "init" in words else model.encoder).state_dict(), file)
     given = words.replace("unreachable", "imagenet").replace("FILE", file).split()
