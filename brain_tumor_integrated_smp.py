@@ -25,6 +25,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import difflib
 import functools
 import gc
 import hashlib
@@ -436,7 +437,7 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     chosen = {name.strip(BLANK) for name in categories}
     if unknown := sorted(chosen - {name.strip(BLANK) for name in names.values()}):
         raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
-                           f"{', '.join(sorted(set(names.values())))}")
+                           f"{', '.join(sorted(set(names.values())))}.{did_you_mean(unknown[0], names.values())}")
     entries, unlisted, problems, remarks = read_image_entries(coco["images"], split_dir)
     counts = {name: not chosen or name.strip(BLANK) in chosen for name in names.values()}
     more = read_annotations(coco, names, counts, bool(chosen), entries)
@@ -1677,7 +1678,8 @@ class Trainer:
                 save()
                 saved = time.perf_counter()
             left = (now - started) / (self.epoch - first_epoch) * (cfg.EPOCHS - self.epoch)
-            log(epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved))
+            table = epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved)
+            log("\n".join(table if self.epoch == first_epoch + 1 else table[1:]))
         if self.epoch < cfg.EPOCHS:
             log(f"Stopped early: no better validation Dice for {self.epochs_without_improvement} epochs "
                 "(EARLY_STOPPING_PATIENCE).")
@@ -1755,17 +1757,16 @@ class Trainer:
                 moments[name] = torch.empty_like(weight).copy_(moments[name])
 
 
-def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> str:
-    """The line that is printed for an epoch. scores: of validate()."""
-    return (f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  train_loss {row['train_loss']:.4f}  "
-            f"{format_metrics(scores)}  lr {row['lr']:.1e}  {row['images_per_second']:6.1f} img/s  "
-            f"{row['seconds']:6.1f} s  left {left}" + ("  * best" if improved else ""))
-
-
-def format_metrics(scores: dict[str, float]) -> str:
-    """Mean scores for a printed line; of the pooled ones only Dice."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items()
-                     if name == "pooled_dice" or not name.startswith("pooled_"))
+def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> list[str]:
+    """The header of the printed table and the line of an epoch, up to 100 columns. scores: of validate()."""
+    values = {"epoch": f"{row['epoch']}/{epochs}", "train_loss": f"{row['train_loss']:.4f}"}
+    values |= {name: f"{value:.4f}" for name, value in scores.items() if not name.startswith("pooled_")}
+    values |= {"lr": f"{row['lr']:.1e}", "img/s": f"{row['images_per_second']:.1f}", "time": f"{row['seconds']:.1f}s",
+               "ETA": str(left), "": "*best" if improved else ""}
+    widths = {"epoch": 2 * len(str(epochs)) + 1, "lr": 7, "time": 7, "ETA": 8, "": 5}
+    widths = {name: max(len(name), widths.get(name, 6)) for name in values}
+    return [" ".join(text.rjust(widths[name]) for name, text in line).rstrip()
+            for line in (zip(values, values), values.items())]
 
 
 def train(cfg: Settings, resume: bool, requested: dict) -> None:
@@ -1780,6 +1781,9 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         log(f"Settings of this run that differ from the file: {', '.join(differs) or 'none'}")
     STOP.saved = resume
     with locked_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
+        samples = (f"Training on the bundled synthetic sample images ({len(splits['train'].entries)}). Use --data-dir "
+                   "for your own.") if splits["train"].is_sample else ""
+        log(samples)
         while failure := run_epochs(cfg, device, splits, cache, resume, requested):
             choose_safer_setting(cfg, device, *failure)
             resume = True
@@ -1790,7 +1794,8 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         if rank() == 0:
             evaluate_checkpoint(cfg, output / BEST, splits, cache)
     log(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
-        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.")
+        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.\n"
+        + samples)
 
 
 def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], cache: PixelCache | None, resume: bool,
@@ -1817,7 +1822,8 @@ def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], ca
             trainer.epochs_without_improvement = 0  # it had stopped early, and the user asks for more epochs
     else:
         encoder, rest = (group["initial_lr"] for group in trainer.optimizer.param_groups)
-        log(f"Learning rate {encoder:g} for the encoder (weights: {trainer.weights_from}), {rest:g} for the decoder.")
+        origin = re.sub(r"^random .*", "random", trainer.weights_from, flags=re.S)  # the warning has said why
+        log(f"Learning rate {encoder:g} for the encoder (weights: {origin}), {rest:g} for the decoder.")
         if rank() == 0:
             archive_earlier_run(output)  # not earlier: INIT_WEIGHTS may be one of its files
             plot_samples(output / "training_samples.png", loaders["train"].dataset)
@@ -2156,8 +2162,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
     if metadata.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
         write_metadata(checkpoint, metadata)
     if str(metadata.get("encoder_weights_from")).startswith("random ("):
-        warn("this model started from RANDOM weights, because the ImageNet weights were not available "
-             f"{metadata['encoder_weights_from'].removeprefix('random ')}: its scores are lower than they could be.")
+        warn("this model started from RANDOM weights, because the ImageNet weights were not available: its scores are "
+             "lower than they could be.")
 
 
 def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[float]) -> None:
@@ -2188,8 +2194,11 @@ def print_scores(metrics: dict[str, dict], threshold: float) -> None:
         "confidence\nintervals; means over images, if not said otherwise; both masks empty scores 1, one of them 0.")
     log(" " * 31 + "".join(name.ljust(26) for name in metrics).rstrip())
     for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
-        if not row.endswith("_95_ci") and (row == "pooled_dice" or not row.startswith("pooled_")):
+        if row in ("images", "pooled_dice") or not re.search("_95_ci$|^pooled_|lesions", row):
             log("  " + row.ljust(29) + "".join(cell(scores, row) for scores in metrics.values()).rstrip())
+    if found := metrics.get("test"):
+        log(f"  Lesions detected: {found['lesions_found']} of {found['lesions']} (any overlap); false positives: "
+            f"{found['false_lesions']}")
     if "dice_with_tumour" not in metrics.get("test", metrics["valid"]):
         log("  No image of test has a tumour: its scores only count false alarms.")
     if "dice_per_patient_mean" not in metrics["valid"]:
@@ -2423,6 +2432,8 @@ RULES = {  # what a setting must satisfy, in words and as a test
     "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
     "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
 }
+KNOWN = {"ARCHITECTURE": smp.MODEL_ARCHITECTURES_MAPPING, "ENCODER": smp.encoders.get_encoder_names(), "LOSS": LOSSES,
+         "UNANNOTATED": ("tumour-free", "skip"), "PRECISION": ("auto", "float32", "bfloat16", "float16")}
 RENAMED = {"--average-epochs": "--ema-epochs", "--lr-random-start": "--lr-from-scratch",
            "--early-stopping": "--early-stopping-patience"}
 
@@ -2447,10 +2458,31 @@ def flag_name(constant: str) -> str:
     return "--" + constant.lower().replace("_", "-")
 
 
+def did_you_mean(word, known) -> str:
+    """A sentence that names the known word which is most like a mistyped one, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def comments() -> dict[str, dict[str, str]]:
+    """The comments of the constants at the top of this file, by block and name, for --help."""
+    blocks = {}
+    for line in Path(__file__).read_text(encoding="utf-8").split("# ===== ")[1].splitlines():
+        if line.startswith("# --- "):
+            block = blocks.setdefault(line[6:], {})
+        elif (match := re.match(r"(\w+) = .*?(?:  # (.*))?$", line)) and match[1] in CONSTANTS:
+            block[match[1]] = match[2] or ""
+        elif re.match(r"#\s{3}", line):
+            block[[*block][-1]] += " " + line.strip("# ")  # the last comment goes on
+    return blocks
+
+
 def build_parser() -> argparse.ArgumentParser:
     """One flag for each mode, and one for each constant, of the type of its value. Errors raise TrainerError."""
     def fail(message):
-        raise TrainerError(f"{message} (--help lists the options)")
+        flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [word for action in parser._actions for word in action.option_strings]
+        raise TrainerError(f"{message}{'.' + did_you_mean(flag[1], known) if flag else ''} (--help lists the options)")
 
     def text(word):
         return None if word.lower() == "none" else word
@@ -2458,11 +2490,9 @@ def build_parser() -> argparse.ArgumentParser:
     def number(word):
         return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
 
-    settings_block = Path(__file__).read_text(encoding="utf-8").split("# ===== ")[1]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--resume | --audit | --evaluate | --check-labels | --predict PATH ...] [--SETTING VALUE ...]",
-        description=__doc__.split("\n\n")[0], epilog=f"{settings_block}\nLOSSES: {', '.join(LOSSES)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__.split("\n\n")[0], epilog=f"losses: {', '.join(LOSSES)}", allow_abbrev=False)
     parser.error = fail  # one sentence, as for every other error, instead of the whole usage
     group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in OUTPUT_DIR")
@@ -2471,15 +2501,23 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--check-labels", action="store_true", help="list annotations that the best model contradicts")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
     parser.add_argument("--checkpoint", metavar="FILE", help="for the last three [that in OUTPUT_DIR]")
-    for name in CONSTANTS:
-        value = globals()[name]
-        if isinstance(value, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, (tuple, list)):
-            options = {"nargs": "*", "type": number if value and not isinstance(value[0], str) else str}
-        else:
-            options = {"type": text if value is None or isinstance(value, str) else number}
-        parser.add_argument(flag_name(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+    blocks = comments()
+    missing = [name for name in CONSTANTS if not any(name in block for block in blocks.values())]
+    for title, block in [*blocks.items(), ("more settings", dict.fromkeys(missing, ""))]:
+        group = parser.add_argument_group(title)
+        for name, comment in block.items():
+            value, more = globals()[name], {}
+            if isinstance(value, bool):
+                more = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(value, (tuple, list)):
+                more = {"nargs": "*", "type": number if value and not isinstance(value[0], str) else str}
+            else:
+                more = {"type": text if value is None or isinstance(value, str) else number}
+            if not isinstance(value, bool):
+                more["metavar"] = "NUMBER" if more["type"] is number else "TEXT"
+            shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            group.add_argument(flag_name(name), dest=name, default=argparse.SUPPRESS,
+                               help=f"{comment} [{shown}]".replace("%", "%%"), **more)
     return parser
 
 
@@ -2558,7 +2596,8 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
         except (TypeError, AttributeError, RuntimeError, re.error):  # a constant of the wrong type, a strange device
             good = False
         if not good:
-            raise TrainerError(f"{name} is {getattr(cfg, name)!r}, but must be {legal}")
+            value = getattr(cfg, name)
+            raise TrainerError(f"{name} is {value!r}, but must be {legal}.{did_you_mean(value, KNOWN.get(name, ()))}")
     if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
     if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
@@ -2587,7 +2626,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
         prepare_data(cfg, ["train", "valid", "test"])
-        log("The data can be used.")
+        log("Data OK.")
     else:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
@@ -2626,13 +2665,14 @@ def set_up_machine(cfg: Settings, device: torch.device) -> None:
 
 def describe_machine(cfg: Settings, device: torch.device) -> None:
     """Print device, precision and folders."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {count} thread{'s' * (count > 1)}"
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
     log(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
     if device.type == "cpu":
         log("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set. For a\n"
-            "first look take --img-size 128 --epochs 5. Each epoch's line says how much time is left.")
+            "first look take --img-size 128 --epochs 5. ETA in each epoch's line is the time that is left.")
 
 
 def check_gpu(cfg: Settings) -> None:

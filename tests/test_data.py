@@ -304,7 +304,7 @@ def refused(capfd, data, output, *more):
 def accepted(capfd, data, output, *more):
     """The audit of data that can be used; returns (standard output, standard error)."""
     code, (out, err) = script.main(arguments(data, output, "--audit", *more)), capfd.readouterr()
-    assert code == 0 and "The data can be used." in out, err
+    assert code == 0 and "Data OK." in out, err
     return out, err
 
 

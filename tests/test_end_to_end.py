@@ -159,12 +159,18 @@ def test_the_pictures_show_something(out, name):
 # --- what is printed
 
 
-def test_the_console_has_one_aligned_line_per_epoch_with_the_time_left(trained):
-    lines = [line for line in trained[1].stdout.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == EPOCHS
-    for word in ("train_loss", "valid_loss", *[f"  {name} " for name in SCORES], "pooled_dice", "lr", "img/s", "left"):
-        assert len({line.index(word) for line in lines}) == 1, word
-    assert lines[0].endswith("* best") and "left 0:00:00" in lines[-1]
+def test_the_console_has_a_header_and_one_aligned_line_per_epoch(trained):
+    printed = trained[1].stdout.splitlines()
+    (start,) = [number for number, line in enumerate(printed) if line.split()[:2] == ["epoch", "train_loss"]]
+    header, *lines = printed[start:start + 1 + EPOCHS]
+    names = ["epoch", "train_loss", "valid_loss", *SCORES, "lr", "img/s", "time", "ETA"]
+    assert header.split() == names and max(map(len, [header, *lines])) <= 100
+    for number, line in enumerate(lines, 1):
+        assert line.split()[0] == f"{number}/{EPOCHS}" and line.split()[len(names):] in ([], ["*best"])
+        # Every value ends where its name ends.
+        assert [match.end() for match in re.finditer(r"\S+", line)][:len(names)] == [
+            match.end() for match in re.finditer(r"\S+", header)]
+    assert lines[0].endswith(" *best") and lines[-1].split()[len(names) - 1] == "0:00:00"
 
 
 def test_the_console_tells_what_matters(trained, record):
@@ -173,8 +179,11 @@ def test_the_console_tells_what_matters(trained, record):
                   "both masks empty", "({:.3f} to {:.3f})".format(*found["dice_95_ci"]), f"{found['hd95_px']:.4f}\n",
                   f"dice_with_tumour             {record['valid_metrics']['dice_with_tumour']:.4f}",
                   f"tumour_free_predicted_empty  {record['valid_metrics']['tumour_free_predicted_empty']:.4f}",
-                  script.BEST, "training_history.png", "training_samples.png", "test_predictions.png"):
+                  f"Lesions detected: {found['lesions_found']} of 9 (any overlap); false positives: ", script.BEST,
+                  "training_history.png", "training_samples.png", "test_predictions.png"):
         assert words in trained[1].stdout
+    sentence = "Training on the bundled synthetic sample images (32). Use --data-dir for your own.\n"
+    assert trained[1].stdout.count(sentence) == 2 and trained[1].stdout.endswith(sentence)
 
 
 def plant_mistakes(folder):

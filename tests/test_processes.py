@@ -238,7 +238,7 @@ def test_one_process_audits_decodes_caches_writes_and_speaks(spied):
     for what, files in (("print_audit", 1), ("open_cache", 1), ("read_image", 7 + 3 + 3)):
         found = [line for line in notes if line.startswith(f"0 {what} ")]
         assert len(found) == len(set(found)) == files, what
-    for words in ("2 processes", "\nData", "epoch 1/2", "epoch 2/2", "Best validation Dice", "Threshold"):
+    for words in ("2 processes", "\nData", "  1/2 ", "  2/2 ", "Best validation Dice", "Threshold"):
         assert outputs[0].count(words) == 1, words
     assert outputs[1] == ""
     written = {path.name for path in folder.iterdir()} - {".brain_tumor.lock"}
@@ -358,7 +358,7 @@ def test_ctrl_c_stops_torchrun_and_all_it_started_and_the_run_can_go_on(tmp_path
     epochs = read(tmp_path / "out")["epoch"]
     codes, outputs = together([*argv, "--epochs", str(epochs + 1), "--resume"], network=None)
     assert codes == [0, 0] and f"Continuing after epoch {epochs}" in outputs[0], outputs
-    assert outputs[0].count(f"epoch {epochs + 1}/{epochs + 1}") == outputs[0].count("Threshold") == 1
+    assert outputs[0].count(f"  {epochs + 1}/{epochs + 1} ") == outputs[0].count("Threshold") == 1
     smp.UnetPlusPlus("resnet18", encoder_weights=None).load_state_dict(read(tmp_path / "out", script.BEST))
 
 

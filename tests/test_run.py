@@ -146,7 +146,7 @@ def test_the_real_network_stopped_by_sigterm_goes_on_as_if_nothing_had_happened(
     whole, halves = [arguments(tmp_path / name, "--epochs", 2) for name in ("whole", "halves")]
     succeed(whole, network=None)
     process = Process(halves, network=None)
-    process.wait_for("epoch 1/2")
+    process.wait_for(" 1/2 ")
     process.kill(signal.SIGTERM)
     assert process.wait() == 143, process.text
     assert "Continuing after epoch 1" in succeed([*halves, "--resume"], network=None)
@@ -259,7 +259,7 @@ def test_resume_and_the_folder_are_enough(here, finished):
     assert_same_run(finished, whole_run())
     assert used(finished)["OUTPUT_DIR"] == str(finished)
     code, text = here(["--resume", "--output-dir", finished, "--epochs", 5])
-    assert code == 0 and "epoch 5/5" in text and used(finished)["IMG_SIZE"] == 64
+    assert code == 0 and "  5/5 " in text and used(finished)["IMG_SIZE"] == 64
 
 
 def test_a_data_folder_that_was_named_relative_to_the_working_directory_is_found(here, tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_an_edited_constant_counts_and_an_edited_one_that_must_not_change_is_ref
     monkeypatch.setattr(script, "EPOCHS", 5)
     monkeypatch.setattr(script, "NUM_WORKERS", 1)
     code, text = here(["--resume", "--output-dir", finished])
-    assert code == 0 and "epoch 5/5" in text and used(finished)["NUM_WORKERS"] == 1
+    assert code == 0 and "  5/5 " in text and used(finished)["NUM_WORKERS"] == 1
     monkeypatch.setattr(script, "SEED", 7)
     monkeypatch.setattr(script, "LOSS", "focal_tversky")
     code, text = here(["--resume", "--output-dir", finished])
@@ -661,7 +661,7 @@ def kill_later(script, name, time):
 def test_killed_between_two_files_of_a_later_save(name, time, tmp_path):
     """That of the second epoch, when there is a best model of the first."""
     code, text = run(alone(tmp_path), rising_dice, partial(kill_later, name=name, time=time))
-    assert code == -9 and "epoch 1/4" in text and "epoch 2/4" not in text
+    assert code == -9 and "  1/4 " in text and "  2/4 " not in text
     succeed(alone(tmp_path, "--resume"), rising_dice)
     assert_same_run(tmp_path, whole_run(faults=(rising_dice,)))
 
@@ -720,7 +720,7 @@ def test_a_new_best_model_does_not_keep_the_scores_of_the_old_one(here, finished
                          ids=["Ctrl-C in a terminal", "SIGTERM to the process"])
 def test_a_signal_ends_the_run_in_order(signum, group, tmp_path):
     process = Process(arguments(tmp_path, "--epochs", 300))
-    process.wait_for("epoch   2/300")
+    process.wait_for("   2/300 ")
     workers = process.workers()
     assert len(workers) == min(2, script.available_cores())
     process.kill(signum, group)
@@ -811,8 +811,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(name, epoch, how, her
     code, text = here(alone(tmp_path), rising_dice, partial(cannot_write, name=name, epoch=epoch, how=how))
     assert code == 1 and f"cannot write {tmp_path / name}: " in text and HOW_TO_RESUME in text
     assert "Traceback" not in text
-    assert f"epoch {epoch - 1}/4" in text or epoch == 1
-    assert f"epoch {epoch}/4" not in text and "Threshold" not in text
+    assert f"  {epoch - 1}/4 " in text or epoch == 1
+    assert f"  {epoch}/4 " not in text and "Threshold" not in text
     assert background.leftovers(tmp_path) == []
     assert read(tmp_path)["epoch"] == (epoch - 1 if name == LAST else epoch)
     assert here(alone(tmp_path, "--resume"), rising_dice)[0] == 0
@@ -872,7 +872,7 @@ def test_a_table_has_the_columns_of_its_last_row(tmp_path):
 def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
     folder, image = tmp_path / "out", background.shared_data() / "test/slice_0.png"
     first = Process(arguments(folder, "--epochs", 300), rising_dice)
-    first.wait_for("epoch   2/300")  # the best model of the first epoch is there
+    first.wait_for("   2/300 ")  # the best model of the first epoch is there
     copy_run(whole_run(), tmp_path / "elsewhere")
     for command in (alone(folder), [*arguments(folder, "--epochs", 300), "--resume"], alone(folder, "--evaluate"),
                     alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST),  # it rewrites the JSON
@@ -892,7 +892,7 @@ def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
 def test_the_lock_dies_with_the_trainer_and_its_workers(here, tmp_path):
     """Workers inherit the lock, and end with their parent."""
     first = Process(arguments(tmp_path, "--epochs", 300))
-    first.wait_for("epoch   1/300")
+    first.wait_for("   1/300 ")
     assert first.workers()
     first.kill()
     assert first.wait() == -9
@@ -935,7 +935,7 @@ def test_an_error_anywhere_says_what_helps_and_how_to_resume(owner, name, saved,
 
 def test_a_dead_worker_gives_a_message(tmp_path):
     process = Process(arguments(tmp_path, "--epochs", 300))
-    process.wait_for("epoch   1/300")
+    process.wait_for("   1/300 ")
     os.kill(process.workers()[0], signal.SIGKILL)
     assert process.wait() == 1 and "Traceback" not in process.text, process.text
     for words in ("process that prepares images died", "--num-workers 0", HOW_TO_RESUME):

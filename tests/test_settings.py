@@ -155,12 +155,32 @@ def test_constants_may_be_edited_the_way_people_do(tmp_path, old, new, words, na
     assert getattr(cfg, name) == value
 
 
-def test_help_prints_the_settings_block_as_it_stands_and_the_names_of_the_losses(capsys):
-    """Every constant with its value, and explained beside it."""
-    printed = help_text(capsys)
-    assert SETTINGS_BLOCK in printed and re.findall(r"^([A-Z_]+) = .+  # .{10}", SETTINGS_BLOCK, re.M) == constants()
-    assert printed.splitlines()[-1] == f"LOSSES: {', '.join(script.LOSSES)}"
-    assert {"--resume", "--audit", "--evaluate", "--predict", "--checkpoint"} <= {*re.findall(r"--[a-z]+", printed)}
+def test_help_lists_every_setting_as_a_flag_with_its_comment_and_default(capsys):
+    printed = " ".join(help_text(capsys).split())
+    comments = dict(re.findall(r"^([A-Z_]+) = .+?  # (.{10}.*)", SETTINGS_BLOCK, re.M))
+    assert [*comments] == constants()
+    for name, comment in comments.items():
+        value = getattr(script, name)
+        default = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        start = printed.index(f" {flag(name)} ") if not isinstance(value, bool) else printed.index(f" {flag(name)}, ")
+        assert printed.index(" ".join(comment.split()), start) < printed.index(f"[{default}]", start), name
+    assert printed.endswith(f"losses: {', '.join(script.LOSSES)}")
+    assert "EMA is what is validated and saved as the best model [1.0]" in printed  # the comment has a second line
+    assert {"--resume", "--audit", "--evaluate", "--check-labels", "--predict", "--checkpoint"} <= {*printed.split()}
+
+
+@pytest.mark.parametrize("words, meant", [
+    ("--ing-size 64", "--img-size"), ("--imgsize=64", "--img-size"), ("--batchsize 4", "--batch-size"),
+    ("--no-skip-bad-image", "--no-skip-bad-images"), ("--check-label", "--check-labels"),
+    ("--loss dicebce", "dice_bce"), ("--encoder resnet-34", "resnet34"), ("--architecture unetplus", "unetplusplus"),
+    ("--precision float-16", "float16"), ("--unannotated tumor-free", "tumour-free")])
+def test_what_is_mistyped_is_answered_with_what_was_meant(words, meant, tmp_path, capsys):
+    assert f" Did you mean {meant}?" in refused(capsys, "--data-dir", tmp_path, *words.split())
+
+
+@pytest.mark.parametrize("words", ["--something-else 3", "--loss hinge", "--encoder x"])
+def test_what_is_like_nothing_is_not_guessed(words, tmp_path, capsys):
+    assert "Did you mean" not in refused(capsys, "--data-dir", tmp_path, *words.split())
 
 
 # --- what is refused
@@ -292,14 +312,16 @@ def test_another_metric(tmp_path, capsys):
     valid = float(history[0]["size_px"])
     assert metadata["valid_metrics_at_img_size"]["size_px"] == valid
     printed = capsys.readouterr().out
-    assert re.search(rf"^epoch 1/1 .* size_px {valid:.4f} ", printed, re.M)
+    assert re.search(rf"^  1/1 .* {valid:.4f} ", printed, re.M)
     assert re.search(rf"^  size_px  .* {np.mean(sizes):.4f}$", printed, re.M)
 
 
 def test_another_constant(tmp_path, capsys):
     added = 'ROUNDS = 3  # of something\nSPACING = (0.5, 0.5)  # mm\nSITES = ("a", "b")  # hospitals\nFAST = False\n'
     copied = edited(tmp_path, "^COMPILE = ", f"{added}COMPILE = ")
-    assert {*added.splitlines()} <= {*help_text(capsys, copied).splitlines()}
+    printed = " ".join(help_text(capsys, copied).split())
+    for part in ("--rounds NUMBER of something [3]", "--spacing [NUMBER ...] mm [0.5 0.5]", "hospitals [a b]", "--fast"):
+        assert part in printed
     words = ["--data-dir", str(tmp_path)]
     cfg, _ = copied.read_settings([*words, *"--rounds 5 --spacing 1 2.5 --sites c --fast".split()])
     assert (cfg.ROUNDS, cfg.SPACING, cfg.SITES, cfg.FAST) == (5, (1, 2.5), ("c",), True)
