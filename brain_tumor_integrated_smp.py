@@ -79,7 +79,7 @@ DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/ and,
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
-PATIENT_PATTERN = None  # regular expression whose one group is the patient in a file name: r"(TCGA_\w+_\w+)_\d+"
+PATIENT_PATTERN = None  # regular expression whose one group is the patient in a file name: r"(TCGA_\w\w_\w{4})"
 VALID_SHARE = 0.2  # of train, held out for validation if there is no valid folder: whole patients, or similar images
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
@@ -255,8 +255,11 @@ def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERC
 
     Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
     """
-    image = read_image(entry.path, entry.height, entry.width, percentiles)
-    return resize(image, img_size, img_size), resize_mask(entry.mask(), img_size, img_size), image
+    image, mask = read_image(entry.path, entry.height, entry.width, percentiles), entry.mask()
+    if entry.mask_path and image.shape[:2] != mask.shape:
+        sizes = "x".join(map(str, mask.shape[::-1])), "x".join(map(str, image.shape[1::-1]))
+        raise TrainerError(f"{entry.path}: its mask has another size, {sizes[0]} pixels instead of {sizes[1]}")
+    return resize(image, img_size, img_size), resize_mask(mask, img_size, img_size), image
 
 
 # ===== Annotations ====================================================================================================
@@ -592,7 +595,7 @@ def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tu
 
     Returns (number of image files that no entry names, remarks).
     """
-    files = [path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    files = [split_dir / path for path in find_image_files(split_dir)]
     named, remarks = {os.path.normcase(entry.path) for entry in entries}, []
     free = [path for path in files if os.path.normcase(path) not in named]
     missing = [entry for entry in entries if not os.path.exists(entry.path)] if free else []
@@ -615,7 +618,10 @@ def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tu
         elif found:
             entry.error = "the file is missing; of a similar name are " + ", ".join(
                 str(path.relative_to(split_dir)) for path in found[:3])
-    return len(free) - len(remarks), remarks
+    unlisted = len(free) - len(remarks)
+    remarks += [("mask file that is not used, because there is a COCO file", path.name) for path in free
+                if is_mask_file(path.relative_to(split_dir))]
+    return unlisted, remarks
 
 
 def plain_path(name: str | Path) -> str:
@@ -623,26 +629,32 @@ def plain_path(name: str | Path) -> str:
     return unicodedata.normalize("NFC", urllib.parse.unquote(str(name))).casefold().replace("\\", "/")
 
 
+MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
+MASK_FILE = "mask file"  # what takes the place of a category's name
 LARGEST_LABEL = 20  # mask files with whole numbers up to this, 0 among them, are label maps
 
 
 def read_splits(folders: dict[str, Path], categories: tuple = ()) -> dict[str, Split]:
     """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
 
-    What the levels of mask files mean is decided once for all splits. categories: see read_coco(). Raises TrainerError.
+    What the levels of mask files mean is decided once for all splits. categories: see read_coco(); mask files have
+    none. Raises TrainerError.
     """
     pairs = {name: find_pairs(folder) for name, folder in folders.items() if not (folder / ANNOTATION_FILE).is_file()}
     pairs = {name: split for name, split in pairs.items() if split}
-    if pairs and categories:
-        raise TrainerError(f"CATEGORIES is {categories!r}, but the masks of {', '.join(pairs)} are files, without "
-                           "categories: leave it empty")
     draw_mask_files(pairs)
     return {name: pairs[name] if name in pairs else read_coco(folder, categories) for name, folder in folders.items()}
 
 
+def find_image_files(folder: Path) -> list[Path]:
+    """Paths of all images below a folder, relative to it; without hidden ones, as Jupyter and macOS leave them."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.parts)]
+
+
 def is_mask_file(path: Path) -> bool:
-    """Whether an image file is a mask, by its name: NAME_mask, or anything in a folder called masks."""
-    return path.stem.lower().endswith("_mask") or path.parent.name.lower() == "masks"
+    """Whether an image file is a mask, by its relative path: NAME_mask, NAME_mask_2, or anything below masks/."""
+    return bool(MASK_END.search(path.stem)) or "masks" in map(str.lower, path.parts[:-1])
 
 
 def find_pairs(split_dir: Path) -> Split | None:
@@ -652,11 +664,10 @@ def find_pairs(split_dir: Path) -> Split | None:
     Raises TrainerError for masks without image and for names that do not tell what belongs together.
     """
     def key(path):  # the same for an image and its mask
-        folder = path.parent.parent if path.parent.name.lower() in ("images", "masks") else path.parent
-        return str(folder / re.sub("_mask$", "", path.stem, flags=re.IGNORECASE))
+        folders = [name for name in map(str.lower, path.parts[:-1]) if name not in ("images", "masks")]
+        return "/".join([*folders, MASK_END.sub("", path.stem).lower()])
 
-    files = sorted(path for path in split_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    masks, problems, entries = {}, [], []
+    files, masks, problems, entries = find_image_files(split_dir), {}, [], []
     for path in filter(is_mask_file, files):
         if (other := masks.setdefault(key(path), path)) is not path:
             problems.append(("two masks for one image", f"{other} and {path}"))
@@ -668,23 +679,27 @@ def find_pairs(split_dir: Path) -> Split | None:
     problems += [("mask for more than one image", str(path)) for name, path in masks.items() if uses[name] > 1]
     if problems:
         raise TrainerError(f"{split_dir} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
-                           "Rename or remove these files.")
+                           "The mask of X is X_mask beside it, or X in masks/. Rename or remove these files.")
     for number, path in enumerate(images):
         mask = masks.get(key(path))
-        entries.append(ImageEntry(number, str(path), path.relative_to(split_dir).as_posix(), 0, 0,
-                                  mask_path=str(mask or ""), annotations=Counter({"mask file": 1} if mask else {})))
-    return Split(entries, {"mask file": True})
+        entries.append(ImageEntry(number, str(split_dir / path), path.as_posix(), 0, 0,
+                                  mask_path=str(split_dir / mask) if mask else "",
+                                  annotations=Counter({MASK_FILE: 1} if mask else {})))
+    return Split(entries, {MASK_FILE: True})
 
 
 def read_mask_file(path: str) -> np.ndarray:
     """The grey levels of a mask file: uint8 or uint16 [H, W]; of a coloured one, the largest channel."""
-    try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (OSError, ValueError, cv2.error):
-        image = None
+    read_image(path)  # which refuses what is damaged, cut short, or has several pages
+    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise TrainerError(f"its mask {path} is not an image of 8 or 16 bit")
-    return image if image.ndim == 2 else image[..., :3].max(axis=2)
+        raise TrainerError("its mask has other numbers than 8 or 16 bit; save it as an 8-bit PNG")
+    if image.ndim == 2:
+        return image
+    colours, alpha = image[..., :3], image[..., 3:]
+    if alpha.size and alpha.min() < alpha.max() and colours.min() == colours.max():
+        raise TrainerError("its mask is only transparency; save it as an 8-bit PNG in black and white")
+    return colours.max(axis=2)
 
 
 def count_levels(entry: ImageEntry) -> np.ndarray:
@@ -692,7 +707,7 @@ def count_levels(entry: ImageEntry) -> np.ndarray:
     try:
         picture = read_mask_file(entry.mask_path) if entry.mask_path else read_image(entry.path)[..., 0]
     except TrainerError as error:
-        entry.error = str(error).removeprefix(f"{entry.path}: ")
+        entry.error = str(error).removeprefix(f"{entry.path}: ").replace(f"{entry.mask_path}:", "its mask:")
         return np.zeros(0, np.int64)
     entry.height, entry.width = picture.shape
     return np.bincount(picture.ravel()) if entry.mask_path else np.zeros(0, np.int64)
@@ -701,9 +716,9 @@ def count_levels(entry: ImageEntry) -> np.ndarray:
 def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
     """What grey levels mean, from the number of pixels that have each of them in all mask files.
 
-    Of two levels the upper one is tumour; in label maps all above 0; where JPEG or resizing has blurred two levels,
-    what is nearer to the upper one. Returns (the lowest level that is tumour, or 0 if levels could mean anything; the
-    levels that a file should have few of, or none).
+    Of two levels the upper one is tumour; in label maps all above 0; where JPEG has blurred two levels, what is nearer
+    to the upper one. Returns (the lowest level that is tumour, or 0 if levels could mean anything; the levels that a
+    file should have few of, or none).
     """
     levels = np.flatnonzero(pixels)
     first, last = int(levels[0]), int(levels[-1])
@@ -713,9 +728,11 @@ def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
         return 1, levels[:0]
     middle = (first + last + 1) // 2
     low, high = int(pixels[:middle].argmax()), middle + int(pixels[middle:].argmax())  # the two that were blurred
-    between = levels[(levels > low + (high - low) / 16) & (levels < high - (high - low) / 16)]
-    # A third level would be a peak of its own.
-    if len(levels) > 8 and pixels[between].max(initial=0) <= 0.02 * pixels[middle:].sum():
+    noise = (high - low) / 16 if len(levels) > 8 else 1
+    between = levels[(levels > low + noise) & (levels < high - noise)]
+    # A third level would be a peak of its own. Few levels are no noise.
+    most = 0.02 * pixels[middle:].sum() if len(levels) > 8 else 0
+    if high - low >= 64 and pixels[between].max(initial=0) <= most:
         return (low + high + 1) // 2, between
     return 0, levels[1:-1] if len(levels) > 1 else levels
 
@@ -741,14 +758,17 @@ def draw_mask_files(splits: dict[str, Split]) -> None:
     least, between = tumour_levels(pixels)
     levels, odd = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1])), []
     for entry, found in zip(entries, counts):
-        strays = found[between[between < len(found)]].sum()
+        strays = int(found[between[between < len(found)]].sum())
         if strays > (max(0.2 * found[least:].sum(), 0.02 * found.sum()) if least else 0):
-            odd.append(entry.mask_path)
+            odd.append((-strays, entry.mask_path))
+        elif np.count_nonzero(found) > 1 and not found[least:].any():  # all its levels are dark in the other files
+            odd.append((0, entry.mask_path))
     if odd:
         raise TrainerError(f"{len(odd)} mask file(s) have grey levels that could mean anything (all levels: {levels}):"
-                           f"{bullet_list(odd)}\nA mask has two levels, of which the upper one is tumour, or it is a "
-                           f"label map with whole numbers from 0 to {LARGEST_LABEL}, of which all above 0 are tumour. "
-                           "Convert these files, or remove them.")
+                           f"{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of which the "
+                           f"upper one is tumour, or are label maps with whole numbers from 0 to {LARGEST_LABEL}, of "
+                           "which all above 0 are tumour; all files alike. Convert these files to 0 and 255 (resize "
+                           "masks with nearest neighbour only), or remove them.")
     if np.count_nonzero(pixels) > 2:
         kind = (f"mask files with more than two grey levels: tumour is {least} and above", f"levels {levels}")
         next(iter(splits.values())).remarks.append(kind)
@@ -827,16 +847,15 @@ def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     truth, grey = entry.mask(), cv2.cvtColor(full, cv2.COLOR_RGB2GRAY)
     entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
-    where = "mask" if entry.mask_path else "JSON"
-    sizes = f"{entry.width}x{entry.height} pixels in the {where}, {full.shape[1]}x{full.shape[0]} in the file"
+    sizes = f"{entry.width}x{entry.height} pixels in the JSON, {full.shape[1]}x{full.shape[0]} in the file"
     if truth.any() and not mask.any():
         entry.remarks.append((f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}", ""))
-    if full.shape[:2] != truth.shape and entry.mask_path:
-        entry.error = f"its mask {entry.mask_path} has another size: {sizes}"
-    elif full.shape[:2] == truth.shape[::-1] != truth.shape:
+    if full.shape[:2] == truth.shape[::-1] != truth.shape:
         entry.error = f"width and height are swapped in the JSON: {sizes}"
     elif full.shape[:2] != truth.shape:
         entry.remarks.append(("file whose size differs from the JSON's (the mask is stretched with it)", sizes))
+    if entry.mask_path and entry.tumour_fraction > 0.5:
+        entry.remarks.append(("tumour on more than half of the image: is the mask inverted?", ""))
     if cv2.meanStdDev(grey)[1] < LOW_CONTRAST:
         entry.remarks.append(("picture with almost no contrast", ""))
     if pictures := orientations(entry.path):
@@ -885,6 +904,10 @@ def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[
         raise TrainerError("there is no valid folder, and nothing can be held out of train for validation: all its "
                            "images are of one patient, or look alike")
     order = np.random.default_rng(seed).permutation(len(names))
+    # Groups that are larger than the share come last; one with a tumour first, which validation needs.
+    order = order[np.argsort(sizes[order] > max(share * len(entries), sizes.min()), kind="stable")].tolist()
+    with_tumour = np.isin(names[order], groups[[entry.tumour_fraction > 0 for entry in entries]])
+    order.insert(0, order.pop(int(with_tumour.argmax())))
     # As many groups as come closest to the share, but not all.
     count = 1 + int(np.abs(sizes[order].cumsum()[:-1] - share * len(entries)).argmin())
     held_out = np.isin(groups, names[order[:count]])
@@ -909,17 +932,17 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits; "test" may be missing on disk, and is left out then. If valid is, VALID_SHARE of train takes
-    its place, or the images that held_out names (from the JSON of a checkpoint). run_folder: locked by this run; None:
-    no cache. Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
+    its place, or the images that held_out names, if it is not None. run_folder: locked by this run; None: no cache.
+    Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
     folder = {name: split_folder(cfg, name) for name in names}
     if "test" in names and not folder["test"].is_dir():
         log(f"No test folder ({folder.pop('test')}): there will be no test score.")
-    if no_valid := not folder["valid"].is_dir() and ("train" in names or bool(held_out)):
+    # An empty list: of a checkpoint that was trained with a valid folder.
+    if no_valid := held_out != [] and "valid" in folder and not folder["valid"].is_dir():
+        del folder["valid"]
         folder = {"train": split_folder(cfg, "train")} | folder
-        folder["valid"] = folder["train"]
-    splits = read_splits({name: path for name, path in folder.items() if not (no_valid and name == "valid")},
-                         cfg.CATEGORIES)
+    splits = read_splits(folder, cfg.CATEGORIES)
     phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
@@ -957,7 +980,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         if not split.entries or name != "test" and not any(entry.tumour_fraction for entry in split.entries):
             missing = "tumour pixel" if split.entries else "usable image"
             why = "; valid chooses the best epoch and the threshold" * (name == "valid")
-            raise TrainerError(f"{folder[name]} has no {missing} at all; check images, annotations, CATEGORIES and "
+            place = folder.get(name, "the part of train that is held out for validation")
+            raise TrainerError(f"{place} has no {missing} at all; check images, annotations, CATEGORIES and "
                                f"UNANNOTATED{why}")
         if name == "train" and len(split.entries) < world_size():
             raise TrainerError("there are fewer training images than processes")
@@ -1010,10 +1034,12 @@ def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
     tumours, boxes = sum(entry.tumours for entry in entries), sum(entry.boxes for entry in entries)
     if boxes and boxes >= 0.95 * tumours:
         remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
-    if missing := sum(not entry.annotated for entry in entries):
-        remarks.append(f"{missing} of {len(entries)} images have no annotation: they are trained on, and scored, as "
-                       "free of tumour. If nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
+    if missing := [entry.file_name for entry in entries if not entry.annotated]:
+        remarks.append(f"{len(missing)} of {len(entries)} images have no annotation ({', '.join(missing[:3])}"
+                       f"{', ...' * (len(missing) > 3)}): they are trained on, and scored, as free of tumour. If "
+                       "nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
     used = sum((entry.annotations for entry in entries), Counter())
+    del used[MASK_FILE]
     if len(used) > 1 and not categories:
         names = [name for name, _ in used.most_common()]
         remarks.append(f"all categories count as tumour: {', '.join(names)}. To choose, set CATEGORIES (--categories "
@@ -1097,6 +1123,8 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         """
         if entries is None:
             entries = read_splits({"": Path(split_dir)}, categories)[""].entries
+            if bad := [f"{entry.path}: {entry.error}" for entry in entries if entry.error]:
+                raise TrainerError(f"{len(bad)} image(s) cannot be used:{bullet_list(bad)}")
         self.entries = entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.percentiles = percentiles
@@ -1441,7 +1469,9 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
         values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), None
         result["dice_per_patient_median"] = float(np.median(values["dice_per_patient_mean"][0]))
     for name, (images, owners) in values.items():
-        result |= {name: float(images.mean()), f"{name}_95_ci": confidence_interval(images, owners)}
+        result[name] = float(images.mean())
+        if len(set(owners or range(len(images)))) > 1:
+            result[f"{name}_95_ci"] = confidence_interval(images, owners)
     if not tumour.all():
         result["tumour_free_predicted_empty"] = float((scores["false_positive_px"] == 0)[~tumour].double().mean())
     return result
@@ -2199,7 +2229,7 @@ def print_scores(metrics: dict[str, dict], threshold: float) -> None:
     if found := metrics.get("test"):
         log(f"  Lesions detected: {found['lesions_found']} of {found['lesions']} (any overlap); false positives: "
             f"{found['false_lesions']}")
-    if "dice_with_tumour" not in metrics.get("test", metrics["valid"]):
+    if found and "dice_with_tumour" not in found:
         log("  No image of test has a tumour: its scores only count false alarms.")
     if "dice_per_patient_mean" not in metrics["valid"]:
         log("  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.")
@@ -2235,6 +2265,8 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
     A model has seen the annotations of train: where it contradicts one of them all the same, that counts more.
     """
     model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
+    for name in LABEL_CHECK:  # of an earlier check
+        (Path(cfg.OUTPUT_DIR) / name).unlink(missing_ok=True)
     find, rows = functools.partial(label_finding, threshold=model.prediction_settings["threshold"]), []
     for name, split in splits.items():
         rows += [({"split": name, "file_name": entry.file_name} | finding, entry)
@@ -2264,7 +2296,8 @@ def find_images(sources: list[str]) -> list[Path]:
         refused = lambda error: left_out.update([f"folder that cannot be read ({error.filename})"])  # noqa: E731
         for folder, _, names in os.walk(source, onerror=refused):
             for path in (Path(folder) / name for name in sorted(names)):
-                if path.name in RUN_FILES or is_mask_file(path) or re.search(r"_(mask|overlay)(_\d+)?$", path.stem):
+                mask = is_mask_file(path.relative_to(source))
+                if path.name in RUN_FILES or mask or re.search(r"_overlay(_\d+)?$", path.stem):
                     left_out["named like a mask or a result of this script"] += 1
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     files.append(path)
@@ -2641,9 +2674,11 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
         cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
-        names = ["train"] * mode.check_labels + ["valid", "test"]
-        with locked_data(cfg, names, checkpoint.parent, Path(cfg.OUTPUT_DIR),
-                         held_out=metadata.get("held_out")) as (splits, cache):
+        names, held_out = ["valid", "test"], metadata.get("held_out", [])
+        if mode.check_labels:  # whatever there is
+            there = [name for name in ("train", *names) if split_folder(cfg, name).is_dir()] or ["train"]
+            names = there + ["valid"] * (bool(held_out) and "valid" not in there)
+        with locked_data(cfg, names, checkpoint.parent, Path(cfg.OUTPUT_DIR), held_out=held_out) as (splits, cache):
             (check_labels if mode.check_labels else evaluate_checkpoint)(cfg, checkpoint, splits, cache)
 
 

@@ -442,7 +442,8 @@ def test_images_without_annotation_are_said_and_can_be_skipped(tmp_path, capfd):
     out = accepted(capfd, data, tmp_path / "out")[0]
     assert table(out)["without annotation"] == ["2", "2"] and table(out)["images"] == ["6", "6"]
     said, = remarks(out)
-    assert said.startswith("4 of 12 images have no annotation: they are trained on, and scored, as free of tumour.")
+    assert said.startswith("4 of 12 images have no annotation (0.png, 1.png, 0.png, ...): they are trained on, "
+                            "and scored, as free of tumour.")
     out = accepted(capfd, data, tmp_path / "out", "--unannotated", "skip")[0]
     assert table(out)["without annotation"] == ["0", "0"] and table(out)["images"] == ["4", "4"] and remarks(out) == []
 

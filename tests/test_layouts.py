@@ -278,10 +278,11 @@ def test_the_audit_of_pairs(tmp_path, capfd):
     assert table(out)["annotations: mask file"] == ["4", "4"] and table(out)["without tumour"] == ["3", "2"]
     assert table(out)["without annotation"] == ["2", "2"]
     found, = remarks(out)
-    assert found.startswith("4 of 12 images have no annotation")
+    assert found.startswith("4 of 12 images have no annotation (切片 1.png, 切片 2.png, 切片 1.png, ...): ")
     out, _ = accepted(capfd, data, tmp_path / "out", "--unannotated", "skip")
     assert table(out)["images"] == ["4", "4"]
-    assert "without categories" in refused(capfd, data, tmp_path / "out", "--audit", "--categories", "tumor")
+    out, _ = accepted(capfd, data, tmp_path / "out", "--categories", "tumor")  # of COCO files: masks have none
+    assert table(out)["annotations: mask file"] == ["4", "4"]
 
 
 def test_the_public_dataset_reads_pairs_by_itself(tmp_path):
@@ -359,19 +360,29 @@ def squares(*more):
     return mask
 
 
+def write_float(root, stem):
+    (root / "train" / f"{stem}_mask.png").unlink()
+    write(root / "train" / f"{stem}_mask.tif", squares().astype(np.float32) / 255)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda root: write(root / "train" / "切片 2_mask.png", squares(128)), "切片 2_mask.png"),
     (lambda root: write(root / "train" / "切片 2_mask.png", squares(5, 50)), "all levels: 0, 5, 50, 255"),
     (lambda root: write(root / "train" / "切片 2_mask.png", squares(1, 2)), "切片 2_mask.png"),  # labels among others
+    (lambda root: write(root / "train" / "切片 2_mask.png", squares(64, 128, 191)), "nearest neighbour"),  # resized
     (lambda root: write(root / "train" / "切片 2_mask.png", squares(*range(20, 200, 20))), "切片 2_mask.png"),
     (lambda root: write(root / "train" / "切片 2_mask.png", noise_picture(5, 96, 128)), "切片 2_mask.png"),
-    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((90, 128), np.uint8)), "another size: 128x90"),
-    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((128, 96), np.uint8)), "another size: 96x128"),
+    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((90, 128), np.uint8)), "another size, 128x90"),
+    (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((128, 96), np.uint8)), "another size, 96x128"),
     (lambda root: write(root / "train" / "other_mask.png", squares()), "mask without image: "),
     (lambda root: write(root / "train" / "masks" / "切片 2.png", squares()), "two masks for one image: "),
     (lambda root: write(root / "train" / "切片 2.jpg", noise_picture(1, 96, 128)), "mask for more than one image: "),
-    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "is not an image of 8 or 16 bit"),
-    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b""), "is not an image of 8 or 16 bit"),
+    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "its mask: not an image"),
+    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b""), "its mask: the file is empty"),
+    (lambda root: write(root / "train" / "切片 2_mask_2.png", squares()), "two masks for one image: "),
+    (lambda root: write_float(root, "切片 2"), "other numbers than 8 or 16 bit"),
+    (lambda root: write(root / "train" / "切片 2_mask.png", np.dstack([squares() * 0] * 3 + [squares()])),
+     "only transparency"),
     (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not an image, or cut short")])
 def test_masks_that_could_mean_anything_are_refused_by_name(change, words, tmp_path, capfd):
     data = pairs(tmp_path / "data", PLACES["beside"])
@@ -395,3 +406,100 @@ def test_a_bad_pair_can_be_left_out(tmp_path, capfd):
 def test_prediction_leaves_masks_out(tmp_path):
     data = pairs(tmp_path / "data", PLACES["images and masks"])
     assert [path.parent.name for path in script.find_images([str(data)])] == ["images"] * 12
+
+
+def test_a_dark_mask_among_others_is_refused(tmp_path, capfd):
+    """0 and 1 where the others, blurred by JPEG, have 0 and 255: it would be a mask without tumour."""
+    data = pairs(tmp_path / "data", lambda i: (f"{i}", f"{i}_mask.jpg"), count=8)
+    (data / "train" / "2_mask.jpg").unlink()
+    write(data / "train" / "2_mask.png", squares() // 255)
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert "1 mask file(s) have grey levels that could mean anything" in message and "2_mask.png" in message
+
+
+def test_a_photo_among_masks_is_named_first(tmp_path, capfd):
+    data = pairs(tmp_path / "data", lambda i: (f"{i}", f"{i}_mask.jpg"), count=8)
+    write(data / "train" / "5_mask.jpg", noise_picture(9, 96, 128))
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert message.index("5_mask.jpg") < message.index("\nMasks have two levels")
+    assert message.splitlines()[1].endswith("5_mask.jpg")
+
+
+def test_folders_of_patients_below_images_and_masks(tmp_path):
+    place = lambda i: (f"images/p{i // 2}/{i}", f"masks/p{i // 2}/{i}.png")  # noqa: E731
+    data = pairs(tmp_path / "data", place)
+    assert masks(data).any(axis=(1, 2)).all() and len(masks(data)) == 6
+
+
+def test_what_jupyter_and_macos_leave_behind_is_no_image(tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    for name in (".ipynb_checkpoints/0-checkpoint.png", "._1.png", "masks/._1.png", "__MACOSX/2.png"):
+        write(data / "train" / "x.png", noise_picture(0, 96, 128))
+        (data / "train" / name).parent.mkdir(exist_ok=True)
+        (data / "train" / "x.png").rename(data / "train" / name)
+    out, _ = accepted(capfd, data, tmp_path / "out")
+    assert table(out)["images"] == ["6", "6"] and remarks(out) == []
+
+
+def test_an_inverted_mask_gets_a_remark(tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    write(data / "train" / "masks" / "1.png", 255 - squares())
+    assert remarks(accepted(capfd, data, tmp_path / "out")[0]) == [
+        "tumour on more than half of the image: is the mask inverted?: train/1.png"]
+
+
+def test_mask_files_beside_a_coco_file_are_not_used_and_this_is_said(tmp_path, capfd):
+    data = make(tmp_path / "data")
+    write(data / "train" / "3_mask.png", squares())
+    out, _ = accepted(capfd, data, tmp_path / "out")
+    assert remarks(out) == ["mask file that is not used, because there is a COCO file: train/3_mask.png"]
+
+
+def test_a_split_in_coco_and_one_of_pairs(tmp_path, capfd):
+    """Without a remark about several categories, of which one could be chosen."""
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    shutil.rmtree(data / "valid")
+    shutil.copytree(make(tmp_path / "coco") / "valid", data / "valid")
+    out, _ = accepted(capfd, data, tmp_path / "out")
+    assert table(out)["annotations: mask file"] == ["6", "0"] and table(out)["annotations: tumor"] == ["0", "6"]
+    assert remarks(out) == []
+
+
+def test_the_public_dataset_refuses_what_it_cannot_read(tmp_path):
+    data = pairs(tmp_path / "data", PLACES["beside"])
+    write(data / "train" / "切片 1_mask.png", squares()[:50])
+    with pytest.raises(script.TrainerError, match="another size"):
+        script.BrainTumorDataset(data / "train", 64).sample(1)
+    (data / "train" / "切片 1_mask.png").write_bytes(b"x")
+    with pytest.raises(script.TrainerError, match="1 image.*cannot be used"):
+        script.BrainTumorDataset(data / "train", 64)
+
+
+# --- held out, and what is checked
+
+
+def test_what_is_held_out_has_a_tumour_and_is_no_giant():
+    def entry(i, patient, tumour):
+        return script.ImageEntry(i, "", str(i), 1, 1, patient=patient, tumour_fraction=0.1 * tumour)
+
+    few = [entry(i, f"p{i}", i == 7) for i in range(20)]
+    giant = [entry(i, f"p{max(0, i - 25)}", True) for i in range(30)]
+    for seed in range(20):
+        assert "7" in script.choose_held_out(few, 0.2, seed) and len(script.choose_held_out(few, 0.2, seed)) == 4
+        assert len(script.choose_held_out(giant, 0.2, seed)) == 4  # not the first patient, who has 26 images
+
+
+def test_labels_are_checked_of_the_splits_that_the_model_knew(tmp_path, tiny, capfd):
+    """Held out are the images that the JSON names; a valid folder that was taken away is not replaced by others."""
+    data, out = one_folder(tmp_path / "data"), tmp_path / "out"
+    names = run(data, out)["held_out"]
+    assert script.main(arguments(data, out, "--check-labels")) == 0
+    assert table(capfd.readouterr().out.rpartition("Model: ")[2])["images"] == ["16", "4"] and len(names) == 4
+    two, other = one_folder(tmp_path / "two", 6, splits=("train", "valid")), tmp_path / "other"
+    run(two, other)
+    shutil.rmtree(two / "valid")
+    assert script.main(arguments(two, other, "--check-labels")) == 0
+    text = capfd.readouterr().out.rpartition("Model: ")[2]
+    assert table(text)["images"] == ["6"] and "held out" not in text
+    assert script.main(arguments(two, other, "--evaluate")) == 2
+    assert "folder not found" in capfd.readouterr().err

@@ -358,6 +358,7 @@ def test_final_scores_by_hand():
 
 def test_what_a_set_does_not_have_is_absent():
     found = script.final_scores(counts((4, 0, 0), (2, 1, 1)))
+    assert not any(name.endswith("_95_ci") for name in script.final_scores(counts((4, 0, 0), (2, 1, 1)), ["a", "a"]))
     assert found["dice_with_tumour"] == found["dice"] and "tumour_free_predicted_empty" not in found
     assert not any("patient" in name for name in found)
     found = script.final_scores(counts((0, 0, 0), (0, 1, 0)))

@@ -320,7 +320,7 @@ def test_another_constant(tmp_path, capsys):
     added = 'ROUNDS = 3  # of something\nSPACING = (0.5, 0.5)  # mm\nSITES = ("a", "b")  # hospitals\nFAST = False\n'
     copied = edited(tmp_path, "^COMPILE = ", f"{added}COMPILE = ")
     printed = " ".join(help_text(capsys, copied).split())
-    for part in ("--rounds NUMBER of something [3]", "--spacing [NUMBER ...] mm [0.5 0.5]", "hospitals [a b]", "--fast"):
+    for part in ("--rounds NUMBER of something [3]", "--spacing [NUMBER ...] mm [0.5 0.5]", "hospitals [a b]"):
         assert part in printed
     words = ["--data-dir", str(tmp_path)]
     cfg, _ = copied.read_settings([*words, *"--rounds 5 --spacing 1 2.5 --sites c --fast".split()])
