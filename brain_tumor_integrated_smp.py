@@ -2043,6 +2043,7 @@ CONFIDENT = np.float32(THRESHOLDS[-1])  # tumour probability; on CONFIDENT_FRACT
 # Of a set whose images without annotation show tumours, 95 % were confident predictions after training (annotated ones:
 # 98 %); of a set with true negatives, 30 % (58 %), by an undertrained model.
 CONFIDENT_FRACTION = 0.002
+PREDICTED = ("images", "masks", "overlays")  # folders of --predict
 LABEL_FINDINGS = ("tumour where none is annotated", "annotated tumour that is not seen", "outlines that hardly overlap")
 HARDLY_OVERLAP = 0.5  # Dice
 
@@ -2107,10 +2108,15 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
         warn(f"this model was not loaded by load_model(): using the script's constants {model.prediction_settings}")
     if any(module.training for module in model.modules()):  # not the model alone: another thread may be on its way
         model.eval()
+    return segment(model, image)[0]
+
+
+def segment(model: torch.nn.Module, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """predict_mask() without its checks. Returns (mask uint8 [H, W], tumour probability float32 [H, W])."""
     size = model.prediction_settings["img_size"]
     small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
     probability = predict_probability(model, small, *image.shape[:2])
-    return binarize(probability, model.prediction_settings["threshold"])
+    return binarize(probability, model.prediction_settings["threshold"]), probability
 
 
 def binarize(probability: np.ndarray, threshold: float) -> np.ndarray:
@@ -2296,8 +2302,9 @@ def find_images(sources: list[str]) -> list[Path]:
         refused = lambda error: left_out.update([f"folder that cannot be read ({error.filename})"])  # noqa: E731
         for folder, _, names in os.walk(source, onerror=refused):
             for path in (Path(folder) / name for name in sorted(names)):
-                mask = is_mask_file(path.relative_to(source))
-                if path.name in RUN_FILES or mask or re.search(r"_overlay(_\d+)?$", path.stem):
+                inside = path.relative_to(source)
+                earlier = inside.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(inside.parent)
+                if path.name in RUN_FILES or is_mask_file(inside) or earlier or inside.stem.endswith("_overlay"):
                     left_out["named like a mask or a result of this script"] += 1
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     files.append(path)
@@ -2310,32 +2317,85 @@ def find_images(sources: list[str]) -> list[Path]:
     return files
 
 
-def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
-    """Write NAME_mask.png (0 or 255) and NAME_overlay.png into OUTPUT_DIR for image files and all images of folders.
+def coco_annotations(mask: np.ndarray) -> list[dict]:
+    """COCO annotations of the tumours (8-connected) in a uint8 0/1 mask [H, W], which draw the same mask again.
 
-    Nothing that exists is overwritten: a taken name gets a number. A file that cannot be read, or whose results cannot
-    be written, does not end the others; TrainerError lists them at the end.
+    Polygons run along the corners of pixels: contours of the mask enlarged twice, mapped to corners. Where that is not
+    exact, as around holes, an RLE.
     """
-    files, bad = find_images(sources), []
-    model = load_model(checkpoint, cfg=cfg)
-    for path in progress(files, "Predicting"):
-        try:
-            image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
-            mask, stem = predict_mask(model, image), path.stem
-            while len(os.fsencode(stem)) > 200:  # names may have 255 bytes
-                stem = stem[:-1]
-            for number in itertools.count(1):
-                targets = [f"{stem}_{kind}{f'_{number}' * (number > 1)}.png" for kind in ("mask", "overlay")]
-                if not any((Path(cfg.OUTPUT_DIR) / name).exists() for name in targets):
-                    break
-            for name, picture in zip(targets, (mask * 255, draw_overlay(image, mask))):
-                write_image(Path(cfg.OUTPUT_DIR) / name, picture)
-        except TrainerError as error:
-            bad.append(str(error))
-            continue
-        log(f"{path}: {100 * mask.mean():.2f} % tumour -> {', '.join(targets)}")
+    count, places = cv2.connectedComponents(mask)
+    annotations = []
+    for number in range(1, count):
+        tumour = (places == number).astype(np.uint8)
+        double = cv2.resize(tumour, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+        contours = cv2.findContours(double, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
+        outline = [((contour.reshape(-1) + 1) // 2).tolist() for contour in contours]
+        rle = coco_mask.encode(np.asfortranarray(tumour))
+        if not np.array_equal(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(outline, *mask.shape))), tumour):
+            outline = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+        annotations.append({"segmentation": outline, "area": int(tumour.sum()), "iscrowd": 0, "category_id": 1,
+                            "bbox": coco_mask.toBbox(rle).tolist()})
+    return annotations
+
+
+def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
+    """Segment image files, and all images of folders, into a new folder OUTPUT_DIR/predictions.
+
+    It holds images/, masks/ (0 or 255), overlays/, predictions.csv, and the outlines as a COCO file, to be corrected in
+    an annotation tool and trained on. A file that cannot be read, or whose results cannot be written, does not end the
+    others; TrainerError lists them at the end.
+    """
+    files, model = find_images(sources), load_model(checkpoint, cfg=cfg)
+    folder = next(path for number in itertools.count(1) if not (
+        path := Path(cfg.OUTPUT_DIR) / f"predictions{f'_{number}' * (number > 1)}").exists())
+    for name in PREDICTED:
+        (folder / name).mkdir(parents=True)
+    log(f"Checkpoint {checkpoint}, threshold {model.prediction_settings['threshold']:.2f}, device {cfg.DEVICE}")
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumour"}]}
+    bad, rows = [], []
+    try:
+        for path in progress(files, "Predicting"):
+            try:
+                predict_file(model, path, folder, coco, rows)
+            except TrainerError as error:
+                bad.append(str(error))
+    finally:  # also of what was done before Ctrl-C
+        if rows:
+            write_table(folder / "predictions.csv", rows)
+        write_file(folder / ANNOTATION_FILE, json.dumps(coco, ensure_ascii=False).encode("utf-8"), required=True)
+        log(f"{len(rows)} of {len(files)} images segmented: {folder}")
     if bad:
         raise TrainerError(f"{len(bad)} of {len(files)} file(s) failed:{bullet_list(bad)}")
+
+
+def predict_file(model: torch.nn.Module, path: Path, folder: Path, coco: dict, rows: list[dict]) -> None:
+    """Segment one image into the folders of predict_files(), and add it to its COCO file and table."""
+    image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
+    mask, probability = segment(model, image)
+    stem = path.stem
+    while len(os.fsencode(stem)) > 200:  # names may have 255 bytes
+        stem = stem[:-1]
+    stem = next(name for number in itertools.count(1) if not (
+        folder / "masks" / f"{(name := stem + f'_{number}' * (number > 1))}.png").exists())
+    write_image(folder / "masks" / f"{stem}.png", mask * 255)
+    write_image(folder / "overlays" / f"{stem}.png", draw_overlay(image, mask))
+    copied = folder / "images" / f"{stem}{path.suffix}"
+    try:
+        os.link(path, copied)
+    except OSError:  # on another disk
+        try:
+            shutil.copyfile(path, copied)
+        except OSError as error:
+            raise TrainerError(f"cannot write {copied}: {error}") from None
+    found = coco_annotations(mask)
+    coco["images"].append({"id": len(coco["images"]), "file_name": f"images/{copied.name}", "height": mask.shape[0],
+                           "width": mask.shape[1]})
+    coco["annotations"] += [{"id": len(coco["annotations"]) + number, "image_id": coco["images"][-1]["id"]} | annotation
+                            for number, annotation in enumerate(found)]
+    inside = f"{probability[mask > 0].mean():.4f}" if found else ""
+    rows.append({"file": str(path), "mask": f"masks/{stem}.png", "width": mask.shape[1], "height": mask.shape[0],
+                 "tumour_px": int(mask.sum()), "tumour_fraction": f"{mask.mean():.6f}", "tumours": len(found),
+                 "mean_probability": inside})
 
 
 # ===== Pictures =======================================================================================================

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -23,6 +24,8 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from conftest import FAST, ROOT, box, script, tiny_build_model, write_coco, write_data
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from safetensors.torch import save_file
 
 CPU, LAYOUTS = torch.device("cpu"), (torch.channels_last, torch.contiguous_format)
@@ -489,7 +492,7 @@ def test_evaluation_prediction_and_predict_mask_use_test_time_augmentation_alike
         assert np.array_equal(mask, np.maximum(np.roll(picture, 1, 1), left) // 255)
         out = tmp_path / f"masks_{len(names(tmp_path))}"
         assert predict(path, out, data / "test") == 0
-        assert np.array_equal(script.read_image(out / "切片_0_mask.png")[..., 0], 255 * mask)
+        assert np.array_equal(script.read_image(out / "predictions" / "masks" / "切片_0.png")[..., 0], 255 * mask)
 
 
 # --- --evaluate
@@ -615,25 +618,90 @@ def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_pa
         words, out = ["--img-size", 96, "--mean", *[mean] * 3, "--std", 1, 1, 1], tmp_path / f"masks{mean}"
         assert float(evaluate(path, data, *words)[1][0]["dice"]) == share
         assert predict(path, out, data / "test", *words) == 0
-        assert script.read_image(out / "切片_0_mask.png").mean() == 255 * share
+        assert script.read_image(out / "predictions" / "masks" / "切片_0.png").mean() == 255 * share
     assert set(names(path.parent)) - {".brain_tumor.lock"} == {"out", script.BEST}
 
 
 # --- --predict
 
 
-def test_predict_writes_a_mask_and_an_overlay_for_each_image(tmp_path, tiny, capsys):
+def test_predict_writes_a_folder_one_can_work_with(tmp_path, tiny, capsys):
     (tmp_path / "影像").mkdir()
     image, out = tmp_path / "影像" / "扫描 1.png", tmp_path / "out"
-    script.write_image(image, filled([(10, 16, 32, 12, 255)], (60, 64)))
-    assert predict(saved(tmp_path), out, image) == 0
-    assert names(out) == ["扫描 1_mask.png", "扫描 1_overlay.png"]
-    mask, overlay = (script.read_image(out / name) for name in names(out))
+    script.write_image(image, filled([(10, 16, 32, 12, 255), (50, 40, 4, 4, 255)], (60, 64)))
+    assert predict(saved(tmp_path, threshold=0.35), out, image) == 0
+    folder = out / "predictions"
+    assert names(out) == ["predictions"]
+    assert names(folder) == ["_annotations.coco.json", "images", "masks", "overlays", "predictions.csv"]
+    assert all(names(folder / kind) == ["扫描 1.png"] for kind in ("images", "masks", "overlays"))
+    assert (folder / "images" / "扫描 1.png").read_bytes() == image.read_bytes()
+    mask, overlay = (script.read_image(folder / kind / "扫描 1.png") for kind in ("masks", "overlays"))
     expected = script.predict_mask(bright(), script.read_image(image))
     assert np.array_equal(mask, 255 * np.dstack([expected] * 3))
-    assert overlay[22, 20].tolist() == [255, 178, 178] and overlay[50, 50].tolist() == [0, 0, 0]  # tinted red
-    assert overlay[expected > 0].tolist().count([255, 0, 0]) == 2 * (32 + 12) - 4  # the outline
-    assert f"{100 * expected.mean():.2f} % tumour -> 扫描 1_mask.png, 扫描 1_overlay.png" in capsys.readouterr().out
+    assert overlay[50, 50].tolist() == [0, 0, 0] and overlay[22, 20].tolist() != [255, 255, 255]  # tinted
+    row, = csv.DictReader((folder / "predictions.csv").read_text(encoding="utf-8").splitlines())
+    assert row == {"file": str(image), "mask": "masks/扫描 1.png", "width": "64", "height": "60",
+                   "tumour_px": str(expected.sum()), "tumour_fraction": f"{expected.mean():.6f}", "tumours": "2",
+                   "mean_probability": row["mean_probability"]} and 0.5 <= float(row["mean_probability"]) <= 1
+    out = capsys.readouterr().out
+    assert f"Checkpoint {tmp_path / script.BEST}, threshold 0.35, device cpu\n" in out
+    assert f"1 of 1 images segmented: {folder}\n" in out
+
+
+def rings(height, width):
+    """A disc, a ring, a ring in that ring, pixels that touch at corners, a line, and the border of the image."""
+    mask = np.zeros((height, width), np.uint8)
+    for radius, level in ((25, 1), (20, 0), (15, 1), (9, 0), (4, 1)):
+        cv2.circle(mask, (40, 40), radius, level, -1)
+    mask[70, 5:30] = mask[75:79, 5] = mask[79, 6] = mask[80, 7] = 1
+    mask[:3] = mask[:, -2:] = 1
+    return mask
+
+
+def test_predicted_outlines_are_read_back_to_the_same_masks(tmp_path, tiny):
+    """By this script, by pycocotools, and as image and mask files; holes and corners included."""
+    rng, scans = np.random.default_rng(0), tmp_path / "scans"
+    scans.mkdir()
+    shapes = [(90, 100), (64, 64), (31, 120), (64, 64)]
+    pictures = [rings(90, 100), *((cv2.GaussianBlur(rng.normal(size=shape), (0, 0), 3) > 0.05).astype(np.uint8)
+                                  for shape in shapes[1:3]), np.zeros((64, 64), np.uint8)]
+    for i, picture in enumerate(pictures):
+        script.write_image(scans / f"扫描 {i}.png", 255 * picture)
+    model = bright()
+    assert predict(saved(tmp_path, model), tmp_path, scans) == 0
+    folder = tmp_path / "predictions"
+    split, coco = script.read_coco(folder), COCO(folder / "_annotations.coco.json")
+    (folder / "pairs").mkdir()
+    shutil.copytree(folder / "images", folder / "pairs" / "images")
+    shutil.copytree(folder / "masks", folder / "pairs" / "masks")
+    files = script.read_splits({"": folder / "pairs"})[""]
+    for i, entry in enumerate(split.entries):
+        expected = script.predict_mask(model, script.read_image(scans / f"扫描 {i}.png"))
+        assert (entry.file_name, entry.mask().shape) == (f"images/扫描 {i}.png", shapes[i])
+        notes = coco.loadAnns(coco.getAnnIds(imgIds=[i]))
+        drawn = np.zeros(shapes[i], np.uint8)
+        for note in notes:
+            own = coco.annToMask(note)
+            assert note["area"] == own.sum() and note["bbox"] == list(cv2.boundingRect(own))
+            drawn |= own
+        assert np.array_equal(entry.mask(), expected) and np.array_equal(drawn, expected)
+        assert np.array_equal(files.entries[i].mask(), expected)
+        assert entry.tumours == len(notes) == cv2.connectedComponents(expected)[0] - 1
+    kinds = {type(note["segmentation"]) for note in coco.anns.values()}
+    assert kinds == {list, dict}  # polygons where they are exact, RLE around holes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_masks_without_holes_become_polygons_that_draw_them_again(seed):
+    rng = np.random.default_rng(seed)
+    mask = cv2.GaussianBlur(rng.normal(size=(50, 70)), (0, 0), 1 + seed / 5) > 0
+    contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    filled_up = cv2.drawContours(np.zeros((50, 70), np.uint8), contours, -1, 1, -1)
+    found = script.coco_annotations(filled_up)
+    outlines = [note["segmentation"] for note in found]
+    assert all(isinstance(outline, list) for outline in outlines)
+    drawn = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(outline, 50, 70))) for outline in outlines]
+    assert np.array_equal(np.max(drawn, axis=0), filled_up)
 
 
 def write_scans(folder, *scans):
@@ -645,29 +713,58 @@ def write_scans(folder, *scans):
 
 
 def test_predict_never_writes_over_an_input_or_over_an_earlier_result(tmp_path, tiny):
+    """Two files of one name get a number, and a second call another folder."""
     out, path = tmp_path / "out", saved(tmp_path)
-    *scans, _ = write_scans(tmp_path, "a/scan.png", "b/scan.jpg", "out/scan_mask.png")
-    for count in (5, 9):
-        kept = {file: file.read_bytes() for file in out.iterdir()}
-        assert predict(path, out, *scans) == 0 and len(names(out)) == count
+    scans = write_scans(tmp_path, "a/scan.png", "b/scan.jpg", "c/scan.png")
+    for folder in ("predictions", "predictions_2"):
+        kept = {file: file.read_bytes() for file in out.rglob("*.*")}
+        assert predict(path, out, *scans) == 0
+        assert names(out / folder / "masks") == ["scan.png", "scan_2.png", "scan_3.png"]
+        assert names(out / folder / "images") == ["scan.png", "scan_2.jpg", "scan_3.png"]
         assert all(file.read_bytes() == content for file, content in kept.items())
-    masks = {script.read_image(file)[..., 0].tobytes() for file in out.glob("scan_mask_*.png")}
-    assert masks == {(255 * script.predict_mask(bright(), script.read_image(scan))).tobytes() for scan in scans}
+        for number, scan in enumerate(scans, 1):
+            mask = script.read_image(out / folder / "masks" / f"scan{f'_{number}' * (number > 1)}.png")[..., 0]
+            assert np.array_equal(mask, 255 * script.predict_mask(bright(), script.read_image(scan)))
 
 
 def test_predict_takes_all_images_of_a_folder_but_not_its_own_outputs(tmp_path, tiny):
     folder, path = tmp_path / "scans", saved(tmp_path)
-    write_scans(folder, "one.png", "deeper/two.JPG", "training_samples.png")
+    write_scans(folder, "one.png", "deeper/two.JPG", "training_samples.png", "two_mask.png", "masks/one.png")
     (folder / "notes.txt").write_text("no image")
-    for count in (8, 12, 16):  # the second and third time: the pictures of before are no inputs, with a number or not
-        assert predict(path, folder, folder) == 0 and len(names(folder)) == count
-    assert {"one_mask.png", "one_overlay_3.png", "two_mask_2.png", "two_overlay.png"} < set(names(folder))
+    for name in ("predictions", "predictions_2", "predictions_3"):
+        assert predict(path, folder, folder) == 0 and names(folder / name / "masks") == ["one.png", "two.png"]
+    # The copied images, asked for by name, are images as any others.
+    assert predict(path, tmp_path / "again", folder / "predictions" / "images") == 0
+    assert names(tmp_path / "again" / "predictions" / "masks") == ["one.png", "two.png"]
+
+
+def test_predict_copies_images_where_they_cannot_be_linked(tmp_path, tiny, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    scans, path = write_scans(tmp_path, "one.png"), saved(tmp_path)
+    monkeypatch.setattr(os, "link", link)
+    assert predict(path, tmp_path, *scans) == 0
+    assert (tmp_path / "predictions" / "images" / "one.png").read_bytes() == scans[0].read_bytes()
+
+
+def test_predict_that_is_stopped_keeps_table_and_outlines_of_what_is_done(tmp_path, tiny, monkeypatch):
+    def write_image(name, picture, inner=script.write_image):
+        if name.parent.name == "overlays" and name.stem == "one":
+            script.STOP.signum = signal.SIGINT
+        inner(name, picture)
+
+    monkeypatch.setattr(script, "write_image", write_image)
+    assert predict(saved(tmp_path), tmp_path, *write_scans(tmp_path, "one.png", "two.png")) == 130
+    assert names(tmp_path / "predictions" / "masks") == ["one.png"]
+    assert len((tmp_path / "predictions" / "predictions.csv").read_text().splitlines()) == 2
+    assert len(script.read_coco(tmp_path / "predictions").entries) == 1
 
 
 def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, tiny, capsys, monkeypatch):
     """Long names, results of other tools, other formats, a folder without access, a result that cannot be written."""
     path, scans, out = saved(tmp_path / "run"), tmp_path / "scans", tmp_path / "out"
-    for name in ("a.png", "脑" * 83 + ".png", "x" * 245 + ".jpg", "full.png", "c.jfif", "a_mask.tif", "b_overlay_2.jpg",
+    for name in ("a.png", "脑" * 83 + ".png", "x" * 245 + ".jpg", "full.png", "c.jfif", "a_mask.tif", "b_overlay.jpg",
                  "d.dcm", "e.nii.gz", "f.nii.gz", "notes"):
         (scans / name).parent.mkdir(exist_ok=True)
         (scans / name).write_bytes(cv2.imencode(".png", noise(64, 64, 3))[1].tobytes())
@@ -679,7 +776,7 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
         return inner(folder)
 
     def write_image(name, picture, inner=script.write_image):
-        if name.name == "full_mask.png":
+        if name.name == "full.png" and name.parent.name == "overlays":
             raise script.TrainerError(f"cannot write {name}")
         inner(name, picture)
 
@@ -692,7 +789,8 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
     left_out = dict(line.split(" x ")[::-1] for line in lines)
     assert left_out == {"named like a mask or a result of this script": "2", ".dcm": "1", ".nii.gz": "2",
                         "without suffix": "1", f"folder that cannot be read ({scans / 'closed'})": "1"}
-    assert len([name for name in names(out) if name.endswith("_mask.png")]) == 4
+    rows = list(csv.DictReader((out / "predictions" / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == len(script.read_coco(out / "predictions").entries) == 4
 
 
 def test_a_model_in_training_mode_gives_one_mask_in_all_threads():
@@ -738,7 +836,8 @@ def test_a_16_bit_scan_is_read_as_the_model_was_trained(metadata, percentiles, t
     grey = np.linspace(0, 1000, 64 * 64).reshape(64, 64).astype(np.uint16)
     grey[0, 0] = 65535
     (tmp_path / "a.png").write_bytes(cv2.imencode(".png", grey)[1].tobytes())
-    monkeypatch.setattr(script, "predict_mask", lambda model, image: seen.append(image) or np.zeros((64, 64), np.uint8))
+    nothing = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.float32)
+    monkeypatch.setattr(script, "segment", lambda model, image: seen.append(image) or nothing)
     assert predict(path, tmp_path / "out", tmp_path / "a.png") == 0
     assert abs(int(seen[0][1:].max()) - percentiles) <= 1
 
@@ -752,7 +851,7 @@ def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp
             (path, [tmp_path / "gone.png"], "gone.png"), (path, [tmp_path / "empty"], "no images found in"),
             (path.with_name("gone.pth"), scans, "gone.pth"), (path, scans, "1 of 2 file(s) failed:\n  - ")):
         assert predict(checkpoint, out, *sources) == 2 and words in capsys.readouterr().err
-    assert names(out) == ["good_mask.png", "good_overlay.png"]
+    assert names(out) == ["predictions"] and names(out / "predictions" / "masks") == ["good.png"]
     assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2
     assert f"no checkpoint to evaluate: {out / script.BEST}" in capsys.readouterr().err
 
