@@ -12,8 +12,8 @@
 The data folder holds train/ and, if you have them, valid/ and test/, each with its images and `_annotations.coco.json`,
 or with a mask file for each image.
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
-Measured results, with command, hardware and versions, stand in README.md. The file follows the data: images and masks,
-checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
+Measured results, with command, hardware and versions, stand in tests/BENCHMARKS.md. The file follows the data: images
+and masks, checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
 evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of it, log(),
 warn(), progress(), gather() (between processes) and TrainerError are used everywhere.
 """
@@ -70,6 +70,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 # ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
@@ -966,6 +967,12 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     if no_valid and not held_out and splits["train"].entries:
         splits = hold_out(splits, choose_held_out(splits["train"].entries, cfg.VALID_SHARE, cfg.SEED))
     print_audit(splits, cfg.CATEGORIES)
+    refuse_unusable(splits, folder, bad, cfg)
+    return splits, cache
+
+
+def refuse_unusable(splits: dict[str, Split], folder: dict[str, Path], bad: list[ImageEntry], cfg: Settings) -> None:
+    """Raise TrainerError for images that cannot be used, unless SKIP_BAD_IMAGES, and for splits without use."""
     problems = bullet_list(grouped([(entry.error, entry.path) for entry in bad], 3))
     for name, split in splits.items():
         if split.skipped and not split.entries and not any(os.path.exists(entry.path) for entry in bad):
@@ -985,7 +992,6 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
                                f"UNANNOTATED{why}")
         if name == "train" and len(split.entries) < world_size():
             raise TrainerError("there are fewer training images than processes")
-    return splits, cache
 
 
 def print_audit(splits: dict[str, Split], categories: tuple) -> None:
@@ -1932,7 +1938,7 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
-             "test_metrics.csv", "test_predictions.png", *LABEL_CHECK, LAST)
+             "test_metrics.csv", "test_predictions.png", "test_report.png", *LABEL_CHECK, LAST)
 FORMAT = 4  # of the state in LAST
 EVALUATED = ("threshold", "valid_metrics", "test_metrics")  # what evaluate_checkpoint() adds to the JSON
 PLOT_SECONDS = 300.0  # between two plots of the history, which take as long as a short epoch
@@ -1975,7 +1981,7 @@ def save_run(trainer: Trainer, metadata: dict, requested: dict) -> None:
     if trainer.history:
         write_table(output / "training_history.csv", trainer.history)
         if trainer.finished() or time.monotonic() - trainer.plotted >= PLOT_SECONDS:
-            plot_history(output / "training_history.png", trainer.history)
+            plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"])
             trainer.plotted = time.monotonic()
 
 
@@ -2188,6 +2194,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
             {"file_name": entry.file_name} | ({"patient": entry.patient} if entry.patient else {})
             | {name: f"{value:.10g}" for name, value in row.items()} for entry, row in zip(entries, rows)])
         plot_predictions(output / "test_predictions.png", model, entries, np.array([row["dice"] for row in rows]))
+        sizes = np.array([entry.tumour_fraction for entry in entries])
+        plot_report(output / "test_report.png", rows, sizes, dice, threshold)
     print_scores({name: {"images": len(splits[name].entries)} | metadata[f"{name}_metrics"]
                   for name in splits if name != "train"}, threshold)
     for name, pixels in confident.items():
@@ -2285,7 +2293,7 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
         write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
         cases = [(entry, f"{number}. {row['split']}: ", f"{row['kind']}\nconfidence {row['confidence']:.2f}")
                  for number, (row, entry) in enumerate(rows[:20], 1)]
-        plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts", 2)
+        plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts")
         log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
             f"{len(cases)}.\nLook at them, correct the annotations that are wrong, and train again.")
 
@@ -2400,29 +2408,70 @@ def predict_file(model: torch.nn.Module, path: Path, folder: Path, coco: dict, r
 
 # ===== Pictures =======================================================================================================
 
+# Colours that colour-blind readers can tell apart (Okabe and Ito 2008).
+ANNOTATED, PREDICTED_COLOUR, MISSED = (0, 158, 115), (214, 39, 160), (240, 200, 40)  # teal, magenta, yellow
+CJK_FONTS = ("Microsoft JhengHei", "Noto Sans CJK TC", "PingFang TC", "Microsoft YaHei", "Noto Sans CJK SC")
+SMALLEST_PICTURE = 400  # pixels; smaller images are enlarged before outlines are drawn on them
 
-def draw_overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
-    """The image [H, W, 3] with the mask [H, W] tinted and outlined in red, and the outline of the truth in green."""
-    out = image.copy()
-    out[mask > 0] = 0.7 * out[mask > 0] + 0.3 * np.array([255, 0, 0])
-    for outlined, colour in ((mask, (255, 0, 0)), (truth, (0, 255, 0))):
-        if outlined is not None:
-            contours = cv2.findContours(outlined, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
-            cv2.drawContours(out, contours, -1, colour, max(1, round(max(image.shape) / 300)))
+
+def draw_outlines(image: np.ndarray, masks: dict[tuple, np.ndarray]) -> np.ndarray:
+    """A copy of the image [H, W, 3], enlarged if it is small, with masks [H, W] outlined, by colour."""
+    times = max(1, math.ceil(SMALLEST_PICTURE / max(image.shape)))
+    height, width = times * image.shape[0], times * image.shape[1]
+    out = resize(image, height, width).copy()
+    for colour, mask in masks.items():
+        large = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+        contours = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+        cv2.drawContours(out, contours, -1, colour, max(1, round(max(height, width) / 250)))
     return out
 
 
-def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str]]], title: str = "") -> None:
-    """A grid of (picture, caption): RGB uint8 [H, W, 3] or mask uint8 0/1 [H, W]."""
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(2.3 * columns, 2.5 * len(rows)), layout="constrained")  # room for the title
+def draw_overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of the image [H, W, 3], of the same size, with the mask [H, W] tinted and outlined."""
+    out = image.copy()
+    out[mask > 0] = 0.7 * out[mask > 0] + 0.3 * np.array(PREDICTED_COLOUR)
+    contours = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+    return cv2.drawContours(out, contours, -1, PREDICTED_COLOUR, max(1, round(max(image.shape) / 300)))
+
+
+def draw_errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The image [H, W, 3] in dark grey; on it what a mask [H, W] has found, missed, and what it has found wrongly."""
+    out = np.dstack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) // 2] * 3)
+    for colour, where in ((ANNOTATED, mask & truth), (MISSED, truth & ~mask), (PREDICTED_COLOUR, mask & ~truth)):
+        out[where > 0] = colour
+    return out
+
+
+@functools.cache
+def font_families() -> list[str]:
+    """An installed font with Chinese letters, if there is one, after the usual one."""
+    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, in a resolution that can be printed."""
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=200))
+
+
+def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str, str]]], title: str, colours: dict[str, tuple]) -> None:
+    """A grid of (RGB uint8 picture [H, W, 3], text above, text below), with a legend of colours."""
+    columns, fonts = max(3, *map(len, rows)), font_families()  # three: room for the legend
+    figure = Figure(figsize=(2.2 * columns, 2.35 * len(rows) + 0.7), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
-        for axis, (picture, caption) in itertools.zip_longest(axes, row, fillvalue=(np.ones((1, 1, 3)), "")):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if picture.ndim == 2 else None)
-            axis.set_title(caption.encode("ascii", "replace").decode(), fontsize=7)  # its font has no CJK letters
-            axis.axis("off")
-    figure.suptitle(title)
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+        for axis, cell in itertools.zip_longest(axes, row):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if cell:
+                picture, above, below = cell
+                axis.imshow(picture)
+                axis.set_title(above if len(fonts) > 1 else above.encode("ascii", "replace").decode(), fontsize=7,
+                               fontfamily=fonts)
+                axis.set_xlabel(below, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    handles = [Line2D([], [], color=np.array(rgb) / 255, linewidth=4, label=name) for name, rgb in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    save_figure(path, figure)
 
 
 def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
@@ -2433,52 +2482,91 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
     for first in range(0, min(2 * columns, len(order)), columns):
         for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
             row = [(i, *get(i)) for i in order[first:first + columns]]
-            rows.append([(draw_overlay(image, np.zeros_like(mask), mask),
-                          f"{kind}: ...{Path(dataset.entries[i].file_name).stem[-16:]}") for i, image, mask in row])
-    plot_grid(path, rows, "Training images as the network sees them, tumour outlined in green")
+            rows.append([(draw_outlines(image, {ANNOTATED: mask}),
+                          f"{kind}: ...{Path(dataset.entries[i].file_name).stem[-16:]}", "") for i, image, mask in row])
+    plot_grid(path, rows, "Training images as the network sees them", {"annotation": ANNOTATED})
 
 
-def plot_history(path: Path, history: list[dict]) -> None:
-    """Losses, validation Dice and IoU, and learning rate over the epochs; the best epoch is marked."""
+def plot_history(path: Path, history: list[dict], images: int) -> None:
+    """Losses, validation Dice and IoU, and learning rate over the epochs. images: how many validation has."""
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    panels = (("Loss", {"train_loss": "training", "valid_loss": "validation"}),
-              ("Validation (mean over images)", {"dice": "Dice", "iou": "IoU"}), ("Learning rate", {"lr": "decoder"}))
-    for axis, (title, lines) in zip(figure.subplots(1, 3), panels):
+    loss, scores, rate = figure.subplots(1, 3)
+    marker = "." if len(history) < 30 else None
+    for axis, lines in ((loss, {"train_loss": "training", "valid_loss": "validation"}),
+                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": "of the decoder"})):
         for key, label in lines.items():
-            axis.plot(epochs, [row[key] for row in history], marker="." if len(history) < 30 else None, label=label)
+            style = "steps-post" if key == "lr" else "default"
+            axis.plot(epochs, [row[key] for row in history], marker=marker, label=label, drawstyle=style)
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
-                     label=f"best epoch {best['epoch']} (Dice {best['dice']:.4f})")
-        axis.set(title=title, xlabel="epoch", yscale="log" if "lr" in lines else "linear")
+                     label=f"best epoch {best['epoch']} (Dice {best['dice']:.3f})" if axis is scores else None)
+        axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    loss.set(title="Loss", ylabel="loss (mean over images)")
+    scores.set(title=f"Validation, {images} image{'s' * (images > 1)}", ylabel="mean over images", ylim=(0, 1))
+    rate.set(title="Learning rate", ylabel="learning rate", yscale="log")
+    steps = sorted({row["lr"] for row in history[5:] or history[-1:]})  # not the warm-up's
+    rate.set_yticks(steps, [f"{step:.1e}" for step in steps])
+    rate.minorticks_off()
+    save_figure(path, figure)
+
+
+def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarray, threshold: float) -> None:
+    """Of test, the distribution of Dice and Dice against tumour size; of valid, Dice against the threshold.
+
+    rows: of test_metrics.csv. sizes: fraction of each of these images that is tumour. dice: of valid at THRESHOLDS.
+    """
+    figure, found = Figure(figsize=(15, 4.5), layout="constrained"), np.array([row["dice"] for row in rows])
+    histogram, size, curve = figure.subplots(1, 3)
+    tumour = sizes > 0
+    histogram.hist([found[tumour], found[~tumour]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
+                   label=[f"with tumour ({tumour.sum()})", f"without tumour ({(~tumour).sum()}): 1 if none is found"])
+    histogram.set(title=f"Test, {len(rows)} image{'s' * (len(rows) > 1)}", xlabel="Dice", ylabel="images", xlim=(0, 1))
+    size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
+    size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image", ylabel="Dice",
+             ylim=(-0.03, 1.03), xscale="log" if tumour.any() else "linear")
+    for axis in (size.xaxis.set_major_formatter, size.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    curve.plot(THRESHOLDS, dice, marker=".")
+    curve.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"chosen: {threshold:.2f}")
+    curve.set(title="Validation", xlabel="threshold", ylabel="Dice (mean over images)", xlim=(0, 1), ylim=(0, 1))
+    for axis in (histogram, size, curve):
+        axis.grid(alpha=0.3)
+    histogram.legend(fontsize=8)
+    curve.legend(fontsize=8)
+    save_figure(path, figure)
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], dice: np.ndarray, each: int = 2):
-    """Best, median and worst test cases, with the Dice of each."""
+    """Best, median and worst test cases."""
     order = [int(i) for i in np.argsort(-dice, kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
     cases = {}  # a case keeps the first of its labels, where there are few
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
         cases |= {i: label for i in part if i not in cases}
-    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", f"Dice {dice[i]:.3f}") for i in order if i in cases],
-               "Test images")
+    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", "") for i in order if i in cases], "Test images")
 
 
-def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str,
-               columns: int = 1) -> None:
-    """Image, annotation, prediction and overlay of each case (entry, label, caption); columns: cases in a row."""
-    pictures = []
+def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str) -> None:
+    """A column for each case (entry, label, caption): image, outlines, errors; without a caption, its scores below."""
+    blocks = []
     for entry, label, caption in cases:
-        percentiles, truth = model.prediction_settings["grey_percentiles"], entry.mask()
-        image = resize(read_image(entry.path, entry.height, entry.width, percentiles), *truth.shape)
-        mask = predict_mask(model, image)
-        pictures.append([(image, f"{label}...{Path(entry.file_name).name[-24:]}"), (truth, "annotation"),
-                         (mask, "prediction"), (draw_overlay(image, mask, truth), caption)])
-    rows = [sum(pictures[first:first + columns], []) for first in range(0, len(pictures), columns)]
-    plot_grid(path, rows, f"{title} (in the overlay green: annotation, red: prediction)")
+        settings, truth = model.prediction_settings, entry.mask()
+        image = resize(read_image(entry.path, entry.height, entry.width, settings["grey_percentiles"]), *truth.shape)
+        mask, probability = segment(model, image)
+        scores = score_test_image(probability, truth, settings["threshold"])
+        if not truth.any():
+            caption = caption or ("no tumour: false positive" if mask.any() else "no tumour: correct")
+        caption = caption or "Dice {dice:.2f}  IoU {iou:.2f}  HD95 {hd95_px:.0f} px".format(**scores)
+        blocks.append([(image, f"{label}...{Path(entry.file_name).name[-20:]}", ""),
+                       (draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask}), "", ""),
+                       (draw_errors(image, mask, truth), "", caption)])
+    columns = min(10, len(blocks))
+    rows = [row for first in range(0, len(blocks), columns) for row in zip(*blocks[first:first + columns])]
+    plot_grid(path, rows, title, {"annotation; found": ANNOTATED, "prediction; false alarm": PREDICTED_COLOUR,
+                                  "missed": MISSED})
 
 
 # ===== Plumbing: command line =========================================================================================

@@ -33,7 +33,7 @@ TIMING = ("images_per_second", "seconds")  # columns of the history that differ 
 
 def no_pictures(script):
     """Pictures cost more time than an epoch here, and say nothing about what these tests ask."""
-    for name in ("plot_samples", "plot_history", "plot_predictions"):
+    for name in ("plot_samples", "plot_history", "plot_predictions", "plot_report"):
         setattr(script, name, lambda path, *_: script.write_file(path, b"a picture"))
 
 

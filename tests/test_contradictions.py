@@ -473,7 +473,7 @@ def test_confident_predictions_on_images_without_annotation_are_a_warning(unanno
 
 
 def test_evaluation_takes_unannotated_from_the_run_which_keeps_it(tmp_path, capfd, tiny, monkeypatch):
-    for name in ("plot_samples", "plot_history", "plot_predictions"):
+    for name in ("plot_samples", "plot_history", "plot_predictions", "plot_report"):
         monkeypatch.setattr(script, name, lambda *_: None)
     data, out = make(tmp_path / "data", forget, splits=("train", "valid", "test")), tmp_path / "out"
     words = [*arguments(data, out, "--epochs", "1"), "--unannotated", "skip"]
@@ -488,7 +488,7 @@ def test_evaluation_takes_unannotated_from_the_run_which_keeps_it(tmp_path, capf
 
 
 def test_a_test_set_without_any_tumour_is_said_beside_its_scores(tmp_path, capfd, tiny, monkeypatch):
-    for name in ("plot_samples", "plot_history", "plot_predictions"):
+    for name in ("plot_samples", "plot_history", "plot_predictions", "plot_report"):
         monkeypatch.setattr(script, name, lambda *_: None)
 
     def change(coco, folder):

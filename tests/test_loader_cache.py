@@ -65,7 +65,8 @@ def make_dataset(prepared, name="train", cached=True, kind=script.BrainTumorData
 
 def run_here(data, output, *more):
     """The exit code of a run in this process, without pictures, which read images on their own."""
-    with mock.patch.multiple(script, plot_samples=mock.Mock(), plot_history=mock.Mock(), plot_predictions=mock.Mock()):
+    with mock.patch.multiple(script, plot_samples=mock.Mock(), plot_history=mock.Mock(), plot_predictions=mock.Mock(),
+                                 plot_report=mock.Mock()):
         return script.main([*FAST, "--data-dir", str(data), "--output-dir", str(output), *more])
 
 

@@ -41,7 +41,7 @@ def noise(*shape, seed=0):
 def no_pictures():
     """Tables and JSON are what counts here; drawing would take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot_samples", "plot_history", "plot_predictions"):
+        for name in ("plot_samples", "plot_history", "plot_predictions", "plot_report"):
             patch.setattr(script, name, lambda path, *_: path.write_bytes(b"a picture"))
         yield
 

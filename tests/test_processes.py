@@ -273,7 +273,7 @@ def test_the_first_process_gets_the_weights_and_decides_about_the_learning_rate(
     assert codes == [0, 0], outputs
     state = read(tmp_path / "out")
     assert state["weights_from"] == origin and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
-    assert f"Learning rate {rate}" in outputs[0] and origin in outputs[0]
+    assert f"Learning rate {rate}" in outputs[0] and f"(weights: {origin.removesuffix(' (no network)')})" in outputs[0]
     # With another start or another rate in process 1, its weights would be others.
     zero, one = [line.split()[2] for line in (tmp_path / "notes").read_text().splitlines() if " validate " in line]
     assert zero == one

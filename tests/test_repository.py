@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "tests" / "BENCHMARKS.md").read_text(encoding="utf-8")
 IGNORED = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line and line[0] != "#"]
 AGREED = {"brain_tumor_integrated_smp.py", "requirements_smp.txt", "README.md", "tests", "train", "valid", "test"}
 MACHINE_PATHS = re.compile(r"(?<![\w.~-])/(?:work|opt|root|tmp|home|Users|mnt)/|[A-Z]:\\Users")
@@ -41,16 +42,15 @@ def test_ci_runs_the_readmes_test_command():
     assert any(line.strip().startswith(command) for line in lines)
 
 
-def test_the_settings_table_is_that_of_the_script():
-    """Every constant with its value; a default that is described instead stands without code quotes."""
-    table = {name: default for names, default in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| (.+?) \|", README, re.M)
-             for name in re.findall(r"[A-Z_]+", names)}
-    assert set(table) == set(script.CONSTANTS)
-    described = {name for name, default in table.items() if not default.startswith("`")}
-    assert described <= {"DATA_DIR", "OUTPUT_DIR", "MEAN", "STD", "DEVICE"}
-    for name in set(table) - described:
-        value, shown = getattr(script, name), table[name].strip("`")
-        assert str(value) == shown or type(value) in (int, float) and float(shown) == value, name
+def test_the_readme_is_short_and_names_only_settings_and_flags_that_exist():
+    assert len(README.splitlines()) <= 240
+    known = {script.flag_name(name) for name in script.CONSTANTS} | {
+        "--resume", "--audit", "--evaluate", "--check-labels", "--predict", "--help"}
+    others = {"--nproc-per-node", "--index-url", "--dist"}  # of torchrun, pip and pytest
+    for text in (README, BENCHMARKS):
+        lines = [line for line in text.splitlines() if "benchmark.py" not in line]
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", "\n".join(lines))) <= known | others
+    assert set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)", README)) <= {*script.CONSTANTS, "OMP_NUM_THREADS", "HF_ENDPOINT"}
 
 
 def test_the_loading_recipe_is_the_one_that_is_tested():
@@ -72,8 +72,9 @@ def test_other_things_that_a_run_leaves_are_ignored_too(name):
 
 
 def test_the_pictures_of_the_readme_exist():
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert pictures and all((ROOT / path).is_file() for path in pictures)
+    for text, folder in ((README, ROOT), (BENCHMARKS, ROOT / "tests")):
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+        assert pictures and all((folder / path).is_file() for path in pictures)
 
 
 def test_the_links_within_the_readme_lead_somewhere():

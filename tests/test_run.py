@@ -27,7 +27,7 @@ from conftest import definitions, script, tiny_build_model, write_data
 
 BEST, JSON, LAST = script.BEST, "unet_plusplus_best.json", script.LAST
 TABLE, PLOT, SAMPLES = "training_history.csv", "training_history.png", "training_samples.png"
-SCORES, CASES = "test_metrics.csv", "test_predictions.png"
+SCORES, CASES, REPORT = "test_metrics.csv", "test_predictions.png", "test_report.png"
 LOCK, HOW_TO_RESUME = ".brain_tumor.lock", script.HOW_TO_RESUME
 partial = functools.partial
 
@@ -546,7 +546,7 @@ def test_what_is_written_in_which_order(fault, between, expected, here, tmp_path
     """The plot is drawn rarely, and always at the end."""
     monkeypatch.setattr(script, "PLOT_SECONDS", between)
     assert here(alone(tmp_path, "--epochs", 3), fault)[0] == 0
-    assert written == [SAMPLES, LAST, *expected, SCORES, CASES, JSON]
+    assert written == [SAMPLES, LAST, *expected, SCORES, CASES, REPORT, JSON]
 
 
 @pytest.mark.parametrize("save_seconds, epochs", [(0, [0, 1, 2, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), (7, [0, 2, 4, 5]),
@@ -615,7 +615,7 @@ def test_the_seconds_of_the_rows_add_up_to_the_time_of_the_run(here, tmp_path, m
     clock.takes(40, script, "save_run")
     code, text = here(alone(tmp_path, "--epochs", 3))
     rows = read(tmp_path)["history"]
-    assert code == 0 and "46.0 s" in text and [row["seconds"] for row in rows] == [6, 46, 46]
+    assert code == 0 and "46.0s" in text and [row["seconds"] for row in rows] == [6, 46, 46]
     assert [row["images_per_second"] for row in rows] == [2, 2, 2]  # of training alone: 8 images
 
 
@@ -720,7 +720,7 @@ def test_a_new_best_model_does_not_keep_the_scores_of_the_old_one(here, finished
                          ids=["Ctrl-C in a terminal", "SIGTERM to the process"])
 def test_a_signal_ends_the_run_in_order(signum, group, tmp_path):
     process = Process(arguments(tmp_path, "--epochs", 300))
-    process.wait_for("   2/300 ")
+    process.wait_for("  2/300 ")
     workers = process.workers()
     assert len(workers) == min(2, script.available_cores())
     process.kill(signum, group)
@@ -826,7 +826,7 @@ def test_an_output_folder_that_takes_no_files_is_refused(folder, here):
 
 
 def test_tables_and_pictures_that_cannot_be_written_only_warn(here, tmp_path):
-    names = [SAMPLES, TABLE, PLOT, SCORES, CASES]
+    names = [SAMPLES, TABLE, PLOT, SCORES, CASES, REPORT]
     for name in names:
         (tmp_path / name).mkdir()  # a folder is in its place
     code, text = here(alone(tmp_path, "--epochs", 1))
@@ -872,7 +872,7 @@ def test_a_table_has_the_columns_of_its_last_row(tmp_path):
 def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
     folder, image = tmp_path / "out", background.shared_data() / "test/slice_0.png"
     first = Process(arguments(folder, "--epochs", 300), rising_dice)
-    first.wait_for("   2/300 ")  # the best model of the first epoch is there
+    first.wait_for("  2/300 ")  # the best model of the first epoch is there
     copy_run(whole_run(), tmp_path / "elsewhere")
     for command in (alone(folder), [*arguments(folder, "--epochs", 300), "--resume"], alone(folder, "--evaluate"),
                     alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST),  # it rewrites the JSON
@@ -892,7 +892,7 @@ def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
 def test_the_lock_dies_with_the_trainer_and_its_workers(here, tmp_path):
     """Workers inherit the lock, and end with their parent."""
     first = Process(arguments(tmp_path, "--epochs", 300))
-    first.wait_for("   1/300 ")
+    first.wait_for("  1/300 ")
     assert first.workers()
     first.kill()
     assert first.wait() == -9
@@ -935,7 +935,7 @@ def test_an_error_anywhere_says_what_helps_and_how_to_resume(owner, name, saved,
 
 def test_a_dead_worker_gives_a_message(tmp_path):
     process = Process(arguments(tmp_path, "--epochs", 300))
-    process.wait_for("   1/300 ")
+    process.wait_for("  1/300 ")
     os.kill(process.workers()[0], signal.SIGKILL)
     assert process.wait() == 1 and "Traceback" not in process.text, process.text
     for words in ("process that prepares images died", "--num-workers 0", HOW_TO_RESUME):

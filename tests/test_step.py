@@ -79,7 +79,7 @@ def pretended(monkeypatch):
 @pytest.fixture
 def run(tiny, monkeypatch, tmp_path):
     """A run in this process, without pictures: run(name of its folder, *options) returns the exit code."""
-    for name in ("plot_samples", "plot_history", "plot_predictions"):
+    for name in ("plot_samples", "plot_history", "plot_predictions", "plot_report"):
         monkeypatch.setattr(script, name, lambda *_: None)
     return lambda name, *more: script.main(arguments(tmp_path / name, "--num-workers", 0, *more))
 
