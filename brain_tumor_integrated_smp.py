@@ -13,9 +13,9 @@ The data folder holds train/ and, if you have them, valid/ and test/, each with 
 or with a mask file for each image.
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
 Measured results, with command, hardware and versions, stand in tests/BENCHMARKS.md. The file follows the data: images
-and masks, checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs, checkpoints,
-evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of it, log(),
-warn(), progress(), gather() (between processes) and TrainerError are used everywhere.
+and masks, checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs,
+checkpoints, evaluation and prediction, pictures. Plumbing (flags, machine, processes, messages, files) comes last; of
+it, log(), warn(), progress(), gather() (between processes) and TrainerError are used everywhere.
 """
 
 from __future__ import annotations
