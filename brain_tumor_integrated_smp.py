@@ -2276,7 +2276,8 @@ def label_finding(probability: np.ndarray, mask: np.ndarray, threshold: float) -
 def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """List the annotations that the model contradicts, by confidence * (1 - Dice), for somebody to look at.
 
-    A model has seen the annotations of train: where it contradicts one of them all the same, that counts more.
+    A model has seen the annotations of train: where it contradicts one of them all the same, that counts more. A weak
+    model mostly lists its own mistakes.
     """
     model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
     for name in LABEL_CHECK:  # of an earlier check
