@@ -1295,7 +1295,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
         return model, f"random ({error})"
 
 
-DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer from a server
+DOWNLOAD_TIMEOUT = 5.0  # seconds until a server is taken for unreachable; four times that in the middle of a transfer
 
 
 def load_imagenet_weights(module: torch.nn.Module, encoder: str) -> str:
@@ -1309,7 +1309,7 @@ def load_imagenet_weights(module: torch.nn.Module, encoder: str) -> str:
     sources = {"Hugging Face hub": lambda: from_hub(encoder), "torchvision": lambda: torch.hub.load_state_dict_from_url(
         url, map_location="cpu", check_hash=True, weights_only=True)}
     reasons, timeout = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    socket.setdefaulttimeout(4 * DOWNLOAD_TIMEOUT)
     try:
         for name in sorted(sources, reverse=in_cache) if url else ["Hugging Face hub"]:
             try:
@@ -2415,9 +2415,9 @@ CJK_FONTS = ("Microsoft JhengHei", "Noto Sans CJK TC", "PingFang TC", "Microsoft
 SMALLEST_PICTURE = 400  # pixels; smaller images are enlarged before outlines are drawn on them
 
 
-def draw_outlines(image: np.ndarray, masks: dict[tuple, np.ndarray]) -> np.ndarray:
+def draw_outlines(image: np.ndarray, masks: dict[tuple, np.ndarray], smallest: int = SMALLEST_PICTURE) -> np.ndarray:
     """A copy of the image [H, W, 3], enlarged if it is small, with masks [H, W] outlined, by colour."""
-    times = max(1, math.ceil(SMALLEST_PICTURE / max(image.shape)))
+    times = max(1, math.ceil(smallest / max(image.shape)))
     height, width = times * image.shape[0], times * image.shape[1]
     out = resize(image, height, width).copy()
     for colour, mask in masks.items():
@@ -2431,8 +2431,7 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A copy of the image [H, W, 3], of the same size, with the mask [H, W] tinted and outlined."""
     out = image.copy()
     out[mask > 0] = 0.7 * out[mask > 0] + 0.3 * np.array(PREDICTED_COLOUR)
-    contours = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
-    return cv2.drawContours(out, contours, -1, PREDICTED_COLOUR, max(1, round(max(image.shape) / 300)))
+    return draw_outlines(out, {PREDICTED_COLOUR: mask}, smallest=1)
 
 
 def draw_errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
