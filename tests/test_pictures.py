@@ -1,0 +1,105 @@
+"""The pictures: what they show, in which colours, and that none fails where there is little to show."""
+
+import cv2
+import numpy as np
+import pytest
+from conftest import script
+from matplotlib.figure import Figure
+from test_predict_evaluate import bright, filled, write_cases
+
+FOUND, FALSE_ALARM, MISSED = script.ANNOTATED, script.PREDICTED_COLOUR, script.MISSED
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved; they are drawn, too, because some mistakes show only then."""
+    saved = []
+
+    def save(path, figure, inner=script.save_figure):
+        saved.append(figure)
+        inner(path, figure)
+
+    monkeypatch.setattr(script, "save_figure", save)
+    return saved
+
+
+def texts(figure):
+    """Titles, labels and legend of a figure."""
+    axes = figure.axes
+    return [text for axis in axes for text in (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) if text] + [
+        text.get_text() for legend in [*figure.legends, *(axis.get_legend() for axis in axes)] if legend
+        for text in legend.get_texts()]
+
+
+def test_errors_have_three_colours():
+    mask, truth = filled([(2, 2, 6, 6, 1)], (12, 12)), filled([(4, 4, 6, 6, 1)], (12, 12))
+    picture = script.draw_errors(np.full((12, 12, 3), 100, np.uint8), mask, truth)
+    assert picture[5, 5].tolist() == [*FOUND] and picture[2, 2].tolist() == [*FALSE_ALARM]
+    assert picture[9, 9].tolist() == [*MISSED] and picture[0, 0].tolist() == [50, 50, 50]
+
+
+def test_outlines_are_drawn_on_an_enlarged_copy_of_a_small_image():
+    image, mask = np.full((64, 48, 3), 100, np.uint8), filled([(10, 20, 20, 20, 1)], (64, 48))
+    picture = script.draw_outlines(image, {FOUND: mask})
+    assert picture.shape == (7 * 64, 7 * 48, 3) and (image == 100).all()
+    rows, columns = np.nonzero((picture == FOUND).all(axis=2))
+    assert abs(rows.min() - 140) <= 1 and abs(columns.max() - 209) <= 1
+    assert picture[7 * 30, 7 * 20].tolist() == [100, 100, 100]  # inside, nothing is covered
+    assert script.draw_outlines(np.zeros((640, 500, 3), np.uint8), {}).shape == (640, 500, 3)
+
+
+@pytest.mark.parametrize("installed, families", [
+    (["Arial"], ["DejaVu Sans"]), (["Noto Sans CJK TC", "Microsoft JhengHei"], ["DejaVu Sans", "Microsoft JhengHei"])])
+def test_a_font_with_chinese_letters_is_used_where_one_is_installed(installed, families, monkeypatch):
+    fonts = [type("Font", (), {"name": name}) for name in installed]
+    monkeypatch.setattr(script.matplotlib.font_manager.fontManager, "ttflist", fonts)
+    assert script.font_families.__wrapped__() == families
+
+
+@pytest.mark.parametrize("count", [1, 8, 23])
+def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
+    """Found, missed, a false alarm, and nothing where nothing is; with Chinese names and in any number."""
+    block = (10, 10, 30, 20)
+    kinds = [([block], [(*block, 255)]), ([block], []), ([], [(*block, 255)]), ([], [])]
+    write_cases(tmp_path / "data", *[(annotated, filled(drawn)) for annotated, drawn in (kinds * 6)[:count]])
+    entries = script.read_coco(tmp_path / "data").entries
+    script.plot_cases(tmp_path / "a.png", bright(), [(entry, "case: ", "") for entry in entries], "Cases")
+    figure, = figures
+    below = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
+    expected = ["Dice 1.00  IoU 1.00  HD95 0 px", "Dice 0.00  IoU 0.00  HD95 91 px", "no tumour: false positive",
+                "no tumour: correct"]
+    assert below == (expected * 6)[:count]
+    width, height = figure.get_size_inches()
+    assert (width > height or count == 1) and len(figure.legends[0].get_texts()) == 3
+    assert script.read_image(tmp_path / "a.png").shape[1] == round(200 * width)
+
+
+def test_a_caption_that_is_given_stays(tmp_path, figures):
+    write_cases(tmp_path / "data", ([], filled([])))
+    script.plot_cases(tmp_path / "a.png", bright(), [(script.read_coco(tmp_path / "data").entries[0], "", "why")], "t")
+    assert "why" in texts(figures[0]) and "no tumour: correct" not in texts(figures[0])
+
+
+@pytest.mark.parametrize("epochs, images", [(1, 1), (3, 8), (60, 200)])
+def test_the_history_names_the_best_epoch_once_and_the_number_of_images(epochs, images, tmp_path, figures):
+    history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "valid_loss": 1.0, "dice": 0.5 + (i == epochs // 2) / 4,
+                "iou": 0.4, "lr": 5e-4 / 2 ** (i // 20)} for i in range(epochs)]
+    script.plot_history(tmp_path / "a.png", history, images)
+    found, (_, scores, rate) = texts(figures[0]), figures[0].axes
+    assert found.count(f"best epoch {epochs // 2 + 1} (Dice 0.750)") == 1
+    assert f"Validation, {images} image{'s' * (images > 1)}" in found and scores.get_ylim() == (0, 1)
+    assert [label.get_text() for label in rate.get_yticklabels()] == (
+        ["1.3e-04", "2.5e-04", "5.0e-04"] if epochs == 60 else ["5.0e-04"])
+    assert all(axis.get_ylabel() for axis in figures[0].axes)
+
+
+@pytest.mark.parametrize("sizes", [[0.0], [0.02], [0.0, 0.0, 0.01, 0.1, 0.2]])
+def test_the_report_shows_any_number_of_images(sizes, tmp_path, figures):
+    rows, dice = [{"dice": 1 - size} for size in sizes], np.linspace(0.5, 0.7, len(script.THRESHOLDS))
+    script.plot_report(tmp_path / "a.png", rows, np.array(sizes), dice, 0.35)
+    found, tumours = texts(figures[0]), sum(size > 0 for size in sizes)
+    assert {f"with tumour ({tumours})", "chosen: 0.35"} <= {*found}
+    assert any(text.startswith(f"without tumour ({len(sizes) - tumours})") for text in found)
+    assert len(figures[0].axes[1].lines[0].get_xdata()) == tumours
+    assert sum(patch.get_height() for patch in figures[0].axes[0].patches if patch.get_height()) >= len(sizes)
+    assert isinstance(figures[0], Figure) and cv2.imread(str(tmp_path / "a.png")).shape[:2] == (900, 3000)
