@@ -873,6 +873,9 @@ def square(x, y, size):
     # 4 of 16 columns in common: Dice 0.4 of 8 and 12 columns, and 12 of 16 columns are wrong.
     (filled([(10, 10, 8, 8, 1)]), filled([(14, 10, 12, 8, 1)]), ("outlines that hardly overlap", 0.4, 128, 0.75)),
     (filled([(10, 10, 8, 8, 1)]), filled([(14, 10, 8, 8, 1)]), {}),  # a Dice of 0.5 is no finding
+    # The first overlaps well enough, whatever the second one, which is not annotated, does to the Dice of the image.
+    (square(10, 10, 8) + 0.51 * square(40, 40, 8), square(13, 10, 8),
+     ("tumour where none is annotated", 80 / 192, 64, 0.51)),
     # A second tumour is not annotated; the first one is right, and counts for Dice only.
     (square(10, 10, 8) + 0.8 * square(40, 40, 8), square(10, 10, 8),
      ("tumour where none is annotated", 2 / 3, 64, 0.8))])
