@@ -212,7 +212,7 @@ def plant_mistakes(folder):
 
 
 def test_planted_mistakes_are_found_by_the_model(out, tmp_path):
-    """Of 10 among 48 images at least 7 are in the first 15 of the list: a blind search would find 3."""
+    """Of 10 among 48 images at least 6 are in the first 15 of the list (8 when written): a blind search would find 3."""
     for split in ("train", "valid", "test"):
         shutil.copytree(ROOT / split, tmp_path / "data" / split)
     planted = plant_mistakes(tmp_path / "data" / "train")
@@ -221,7 +221,7 @@ def test_planted_mistakes_are_found_by_the_model(out, tmp_path):
                         "--output-dir", str(tmp_path)]) == 0
     rows = table(tmp_path / "label_check.csv")
     assert len({(row["split"], row["file_name"]) for row in rows}) == len(rows)
-    assert len(planted & {row["file_name"] for row in rows[:15]}) >= 7
+    assert len(planted & {row["file_name"] for row in rows[:15]}) >= 6
     assert cv2.imread(str(tmp_path / "label_check.png")).shape[1] == 10 * 440
 
 
