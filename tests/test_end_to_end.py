@@ -212,7 +212,7 @@ def plant_mistakes(folder):
 
 
 def test_planted_mistakes_are_found_by_the_model(out, tmp_path):
-    """Of 10 among 48 images at least 6 are in the first 15 of the list (8 when written): a blind search would find 3."""
+    """Of 10 among 48 images at least 6 (8 when written) are in the first 15: a blind search would find 3."""
     for split in ("train", "valid", "test"):
         shutil.copytree(ROOT / split, tmp_path / "data" / split)
     planted = plant_mistakes(tmp_path / "data" / "train")
