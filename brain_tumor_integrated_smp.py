@@ -913,7 +913,8 @@ def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[
     count = 1 + int(np.abs(sizes[order].cumsum()[:-1] - share * len(entries)).argmin())
     held_out = np.isin(groups, names[order[:count]])
     log(f"There is no valid folder: {held_out.sum()} of {len(entries)} images of train are held out for validation "
-        f"(VALID_SHARE), {count} whole {'patients' if entries[0].patient else 'groups of similar images'}.")
+        f"(VALID_SHARE), whole {'patients' if entries[0].patient else 'groups of similar images'} ({count} of "
+        f"{len(names)}).")
     return [entry.file_name for entry, held in zip(entries, held_out) if held]
 
 
@@ -998,7 +999,8 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
     """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
     columns, first_seen, leaks, copies, single = [], {}, [], [], []
     findings = [(remark, "") for remark in [*split_remarks(splits, categories), *find_near_duplicates(splits)]]
-    counts = {category: counts for split in splits.values() for category, counts in split.categories.items()}
+    counts = {category: counts for split in splits.values() for category, counts in split.categories.items()
+              if any(entry.annotations[category] for other in splits.values() for entry in other.entries)}
     for name, split in splits.items():
         percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
         columns.append({
@@ -1830,7 +1832,8 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         if rank() == 0:
             evaluate_checkpoint(cfg, output / BEST, splits, cache)
     log(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
-        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png.\n"
+        "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png and "
+        "test_report.png.\n"
         + samples)
 
 
@@ -2235,7 +2238,8 @@ def print_scores(metrics: dict[str, dict], threshold: float) -> None:
         return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")).ljust(26)
 
     log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Scores at the original resolution, with 95 % "
-        "confidence\nintervals; means over images, if not said otherwise; both masks empty scores 1, one of them 0.")
+        "confidence\nintervals: means over images, if not said otherwise. An image scores 1 if both masks are empty, 0 "
+        "if only one is.")
     log(" " * 31 + "".join(name.ljust(26) for name in metrics).rstrip())
     for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
         if row in ("images", "pooled_dice") or not re.search("_95_ci$|^pooled_|lesions", row):
@@ -2449,6 +2453,12 @@ def font_families() -> list[str]:
     return ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
 
 
+def shortened(file_name: str) -> str:
+    """The end of a file name, without its suffix, as far as there is room for it above a picture."""
+    stem = Path(file_name).stem
+    return stem if len(stem) <= 22 else "..." + stem[-19:]
+
+
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, in a resolution that can be printed."""
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=200))
@@ -2483,7 +2493,7 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
         for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
             row = [(i, *get(i)) for i in order[first:first + columns]]
             rows.append([(draw_outlines(image, {ANNOTATED: mask}),
-                          f"{kind}: ...{Path(dataset.entries[i].file_name).stem[-16:]}", "") for i, image, mask in row])
+                          f"{kind}: {shortened(dataset.entries[i].file_name)}", "") for i, image, mask in row])
     plot_grid(path, rows, "Training images as the network sees them", {"annotation": ANNOTATED})
 
 
@@ -2523,9 +2533,10 @@ def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarra
     tumour = sizes > 0
     histogram.hist([found[tumour], found[~tumour]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
                    label=[f"with tumour ({tumour.sum()})", f"without tumour ({(~tumour).sum()}): 1 if none is found"])
+    histogram.yaxis.get_major_locator().set_params(integer=True)
     histogram.set(title=f"Test, {len(rows)} image{'s' * (len(rows) > 1)}", xlabel="Dice", ylabel="images", xlim=(0, 1))
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
-    size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image", ylabel="Dice",
+    size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image (log scale)", ylabel="Dice",
              ylim=(-0.03, 1.03), xscale="log" if tumour.any() else "linear")
     for axis in (size.xaxis.set_major_formatter, size.xaxis.set_minor_formatter):
         axis("{x:g}")
@@ -2560,7 +2571,7 @@ def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry,
         if not truth.any():
             caption = caption or ("no tumour: false positive" if mask.any() else "no tumour: correct")
         caption = caption or "Dice {dice:.2f}  IoU {iou:.2f}  HD95 {hd95_px:.0f} px".format(**scores)
-        blocks.append([(image, f"{label}...{Path(entry.file_name).name[-20:]}", ""),
+        blocks.append([(image, label + shortened(entry.file_name), ""),
                        (draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask}), "", ""),
                        (draw_errors(image, mask, truth), "", caption)])
     columns = min(10, len(blocks))
@@ -2681,7 +2692,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
     group.add_argument("--check-labels", action="store_true", help="list annotations that the best model contradicts")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
-    parser.add_argument("--checkpoint", metavar="FILE", help="for the last three [that in OUTPUT_DIR]")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="model for --evaluate, --check-labels and --predict [that in OUTPUT_DIR]")
     blocks = comments()
     missing = [name for name in CONSTANTS if not any(name in block for block in blocks.values())]
     for title, block in [*blocks.items(), ("more settings", dict.fromkeys(missing, ""))]:

@@ -179,7 +179,8 @@ def test_the_console_has_a_header_and_one_aligned_line_per_epoch(trained):
 def test_the_console_tells_what_matters(trained, record):
     found = record["test_metrics"]
     for words in ("No GPU is used", f"Threshold {record['threshold']:.2f}", f"{found['dice']:.4f} (",
-                  "both masks empty", "({:.3f} to {:.3f})".format(*found["dice_95_ci"]), f"{found['hd95_px']:.4f}\n",
+                  "both masks are empty", "({:.3f} to {:.3f})".format(*found["dice_95_ci"]),
+                  f"{found['hd95_px']:.4f}\n",
                   f"dice_with_tumour             {record['valid_metrics']['dice_with_tumour']:.4f}",
                   f"tumour_free_predicted_empty  {record['valid_metrics']['tumour_free_predicted_empty']:.4f}",
                   f"Lesions detected: {found['lesions_found']} of 9 (any overlap); false positives: ", script.BEST,

@@ -167,7 +167,7 @@ def test_images_that_look_alike_stay_together(seed, tmp_path, capfd):
     splits = script.prepare_data(cfg, ["train", "valid"])[0]
     places = {entry.file_name: name for name, split in splits.items() for entry in split.entries}
     assert places["0.png"] == places["1.png"] == places["2.png"] and {*places.values()} == {"train", "valid"}
-    assert "whole groups of similar images" in capfd.readouterr().out
+    assert "(VALID_SHARE), whole groups of similar images (" in capfd.readouterr().out
 
 
 def test_a_chain_of_similar_images_is_one_group():

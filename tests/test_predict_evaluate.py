@@ -548,7 +548,7 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
         return f"{found[name]:.4f} " + "({:.3f} to {:.3f})".format(*found[f"{name}_95_ci"])
 
     for line in ("Threshold 0.50 gives the best Dice on valid. Scores at the original resolution, with 95 % "
-                 "confidence\nintervals; means over images, if not said otherwise; both masks empty scores 1, ",
+                 "confidence\nintervals: means over images, if not said otherwise. An image scores 1 if both ",
                  "                               valid                     test\n",
                  "  images                       1                         5\n",
                  f"  dice                         1.0000                    {cell('dice')}\n",

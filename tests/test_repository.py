@@ -55,7 +55,8 @@ def test_the_readme_is_short_and_names_only_settings_and_flags_that_exist():
 
 def test_the_loading_recipe_is_the_one_that_is_tested():
     assert ('model = smp.create_model(settings["architecture"], settings["encoder"], encoder_weights=None, '
-            'in_channels=3, classes=1)\nmodel.load_state_dict(torch.load("unet_plusplus_best.pth"))\nmodel.eval()') in README
+            'in_channels=3, classes=1)\nmodel.load_state_dict(torch.load("unet_plusplus_best.pth"))\n'
+            'model.eval()') in README
 
 
 @pytest.mark.parametrize("name", script.RUN_FILES)
