@@ -1310,10 +1310,11 @@ def load_imagenet_weights(module: torch.nn.Module, encoder: str) -> str:
     in_cache = url and (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
     sources = {"Hugging Face hub": lambda: from_hub(encoder), "torchvision": lambda: torch.hub.load_state_dict_from_url(
         url, map_location="cpu", check_hash=True, weights_only=True)}
+    order = ["Hugging Face hub", "torchvision"] if url else ["Hugging Face hub"]
     reasons, timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(4 * DOWNLOAD_TIMEOUT)
     try:
-        for name in sorted(sources, reverse=in_cache) if url else ["Hugging Face hub"]:
+        for name in reversed(order) if in_cache else order:
             try:
                 module.load_state_dict(sources[name]())
                 return f"imagenet ({name})"
