@@ -447,8 +447,8 @@ def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
     more = read_annotations(coco, names, counts, bool(chosen), entries)
     problems, remarks = problems + more[0], remarks + more[1]
     if problems:
-        raise TrainerError(f"{json_path} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
-                           "Correct the file, or export it again.")
+        raise TrainerError(f"{json_path} cannot be used, {plural(len(problems), 'problem')}:"
+                           f"{bullet_list(grouped(problems))}\nCorrect the file, or export it again.")
     return Split(list(entries.values()), counts, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
 
 
@@ -610,6 +610,7 @@ def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tu
         if len(found) > 1 or wanted[base] > 1:  # several of one name: their folders have to fit
             inside = {path: "/" + plain_path(path.relative_to(split_dir)) for path in found}
             match = [path for path in found if inside[path].endswith("/" + name) or ("/" + name).endswith(inside[path])]
+            match = [path for path in match if inside[path] == "/images/" + name] or match  # not in masks/ or overlays/
         else:
             match = found
         if len(match) == 1:
@@ -679,8 +680,9 @@ def find_pairs(split_dir: Path) -> Split | None:
     problems += [("mask without image", str(path)) for name, path in masks.items() if name not in uses]
     problems += [("mask for more than one image", str(path)) for name, path in masks.items() if uses[name] > 1]
     if problems:
-        raise TrainerError(f"{split_dir} cannot be used, {len(problems)} problem(s):{bullet_list(grouped(problems))}\n"
-                           "The mask of X is X_mask beside it, or X in masks/. Rename or remove these files.")
+        raise TrainerError(f"{split_dir} cannot be used, {plural(len(problems), 'problem')}:"
+                           f"{bullet_list(grouped(problems))}\nThe mask of X is X_mask beside it, or X in masks/. "
+                           "Rename or remove these files.")
     for number, path in enumerate(images):
         mask = masks.get(key(path))
         entries.append(ImageEntry(number, str(split_dir / path), path.as_posix(), 0, 0,
@@ -765,11 +767,11 @@ def draw_mask_files(splits: dict[str, Split]) -> None:
         elif np.count_nonzero(found) > 1 and not found[least:].any():  # all its levels are dark in the other files
             odd.append((0, entry.mask_path))
     if odd:
-        raise TrainerError(f"{len(odd)} mask file(s) have grey levels that could mean anything (all levels: {levels}):"
-                           f"{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of which the "
-                           f"upper one is tumour, or are label maps with whole numbers from 0 to {LARGEST_LABEL}, of "
-                           "which all above 0 are tumour; all files alike. Convert these files to 0 and 255 (resize "
-                           "masks with nearest neighbour only), or remove them.")
+        raise TrainerError(f"{plural(len(odd), 'mask file')} with grey levels that could mean anything (all levels: "
+                           f"{levels}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
+                           f"which the upper one is tumour, or are label maps with whole numbers from 0 to "
+                           f"{LARGEST_LABEL}, of which all above 0 are tumour; all files alike. Convert these files to "
+                           "0 and 255 (resize masks with nearest neighbour only), or remove them.")
     if np.count_nonzero(pixels) > 2:
         kind = (f"mask files with more than two grey levels: tumour is {least} and above", f"levels {levels}")
         next(iter(splits.values())).remarks.append(kind)
@@ -884,7 +886,7 @@ def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
         match = re.search(pattern, entry.file_name.replace("\\", "/"))
         entry.patient = (match and match[1]) or ""
     if missed := [entry.file_name for entry in entries if not entry.patient]:
-        raise TrainerError(f"PATIENT_PATTERN {pattern!r} finds no patient in {len(missed)} of {len(entries)} file "
+        raise TrainerError(f"PATIENT_PATTERN {pattern} finds no patient in {len(missed)} of {len(entries)} file "
                            f"names:{bullet_list(missed, 5)}")
 
 
@@ -980,10 +982,10 @@ def refuse_unusable(splits: dict[str, Split], folder: dict[str, Path], bad: list
             raise TrainerError(f"all {split.skipped} image files of {folder[name]} are missing:{problems}\n"
                                f"They belong into the folder of {ANNOTATION_FILE}.")
     if bad and not cfg.SKIP_BAD_IMAGES:
-        raise TrainerError(f"{len(bad)} image(s) cannot be used:{problems}\nRepair or remove them, or set "
+        raise TrainerError(f"{plural(len(bad), 'image')} cannot be used:{problems}\nRepair or remove them, or set "
                            "SKIP_BAD_IMAGES = True (--skip-bad-images) to leave them out.")
     if bad:
-        warn(f"leaving out {len(bad)} image(s) that cannot be used:{problems}")
+        warn(f"leaving out {plural(len(bad), 'image')} that cannot be used:{problems}")
     for name, split in splits.items():
         if not split.entries or name != "test" and not any(entry.tumour_fraction for entry in split.entries):
             missing = "tumour pixel" if split.entries else "usable image"
@@ -1027,7 +1029,7 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
                     copies.append(("same picture twice", f"{label} is {first}"))
     findings += leaks + copies + single
     log("\n" + "\n".join(row.ljust(41) + "".join(f"{column[row]!s:>9}" for column in columns) for row in columns[0]))
-    log(f"\n{len(findings)} remark(s), please check:{bullet_list(grouped(findings), 40)}\n" if findings else "")
+    log(f"\n{plural(len(findings), 'remark')}, please check:{bullet_list(grouped(findings), 40)}\n" if findings else "")
 
 
 def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
@@ -1042,7 +1044,8 @@ def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
     tumours, boxes = sum(entry.tumours for entry in entries), sum(entry.boxes for entry in entries)
     if boxes and boxes >= 0.95 * tumours:
         remarks.append(f"{boxes} of {tumours} annotations are upright boxes: a model will learn boxes, not outlines")
-    if missing := [entry.file_name for entry in entries if not entry.annotated]:
+    missing = [entry.file_name for entry in entries if not entry.annotated]
+    if missing and not any(split.is_sample for split in splits.values()):
         remarks.append(f"{len(missing)} of {len(entries)} images have no annotation ({', '.join(missing[:3])}"
                        f"{', ...' * (len(missing) > 3)}): they are trained on, and scored, as free of tumour. If "
                        "nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
@@ -1132,7 +1135,7 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         if entries is None:
             entries = read_splits({"": Path(split_dir)}, categories)[""].entries
             if bad := [f"{entry.path}: {entry.error}" for entry in entries if entry.error]:
-                raise TrainerError(f"{len(bad)} image(s) cannot be used:{bullet_list(bad)}")
+                raise TrainerError(f"{plural(len(bad), 'image')} cannot be used:{bullet_list(bad)}")
         self.entries = entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.percentiles = percentiles
@@ -1823,6 +1826,9 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         samples = (f"Training on the bundled synthetic sample images ({len(splits['train'].entries)}). Use --data-dir "
                    "for your own.") if splits["train"].is_sample else ""
         log(samples)
+        if device.type == "cpu":
+            log("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set.\n"
+                "For a first look take --img-size 128 --epochs 5. ETA in each epoch's line is the time that is left.")
         while failure := run_epochs(cfg, device, splits, cache, resume, requested):
             choose_safer_setting(cfg, device, *failure)
             resume = True
@@ -2297,7 +2303,8 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
                                       else "no annotation") + ".")
     if rows:
         write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
-        cases = [(entry, f"{number}. {row['split']}: ", f"{row['kind']}\nconfidence {row['confidence']:.2f}")
+        cases = [(entry, f"{number}. {row['split']}: ",
+                  f"{row['kind']}\n{row['size_px']} px, confidence {row['confidence']:.2f}")
                  for number, (row, entry) in enumerate(rows[:20], 1)]
         plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts")
         log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
@@ -2313,8 +2320,7 @@ def find_images(sources: list[str]) -> list[Path]:
         if source.is_file():
             files.append(source)
             continue
-        refused = lambda error: left_out.update([f"folder that cannot be read ({error.filename})"])  # noqa: E731
-        for folder, _, names in os.walk(source, onerror=refused):
+        for folder, _, names in os.walk(source, onerror=lambda error: warn(f"cannot read the folder {error.filename}")):
             for path in (Path(folder) / name for name in sorted(names)):
                 inside = path.relative_to(source)
                 earlier = inside.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(inside.parent)
@@ -2323,9 +2329,9 @@ def find_images(sources: list[str]) -> list[Path]:
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     files.append(path)
                 else:
-                    left_out["".join(path.suffixes[-2:]).lower() or "without suffix"] += 1
+                    left_out[f"named *{path.suffix.lower()}" if path.suffix else "without suffix"] += 1
     for kind, count in left_out.items():
-        log(f"Left out: {count} x {kind}")
+        log(f"Left out: {plural(count, 'file')} {kind}")
     if not files:
         raise TrainerError(f"no images found in {', '.join(sources)} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -2377,9 +2383,10 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         if rows:
             write_table(folder / "predictions.csv", rows)
         write_file(folder / ANNOTATION_FILE, json.dumps(coco, ensure_ascii=False).encode("utf-8"), required=True)
-        log(f"{len(rows)} of {len(files)} images segmented: {folder}")
+        log(f"{len(rows)} of {plural(len(files), 'image')} segmented: {folder}\nMasks are in masks/, pictures to look "
+            f"at in overlays/, sizes in predictions.csv, and outlines to correct in {ANNOTATION_FILE}.")
     if bad:
-        raise TrainerError(f"{len(bad)} of {len(files)} file(s) failed:{bullet_list(bad)}")
+        raise TrainerError(f"{len(bad)} of {plural(len(files), 'file')} failed:{bullet_list(bad)}")
 
 
 def predict_file(model: torch.nn.Module, path: Path, folder: Path, coco: dict, rows: list[dict]) -> None:
@@ -2402,7 +2409,7 @@ def predict_file(model: torch.nn.Module, path: Path, folder: Path, coco: dict, r
         except OSError as error:
             raise TrainerError(f"cannot write {copied}: {error}") from None
     found = coco_annotations(mask)
-    coco["images"].append({"id": len(coco["images"]), "file_name": f"images/{copied.name}", "height": mask.shape[0],
+    coco["images"].append({"id": len(coco["images"]), "file_name": copied.name, "height": mask.shape[0],
                            "width": mask.shape[1]})
     coco["annotations"] += [{"id": len(coco["annotations"]) + number, "image_id": coco["images"][-1]["id"]} | annotation
                             for number, annotation in enumerate(found)]
@@ -2465,11 +2472,13 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=200))
 
 
-def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str, str]]], title: str, colours: dict[str, tuple]) -> None:
-    """A grid of (RGB uint8 picture [H, W, 3], text above, text below), with a legend of colours."""
+def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str, str]]], names: tuple[str, ...], title: str,
+              colours: dict[str, tuple]) -> None:
+    """A grid of (RGB uint8 picture [H, W, 3], text above, text below), with a legend of colours. names: of the rows."""
     columns, fonts = max(3, *map(len, rows)), font_families()  # three: room for the legend
     figure = Figure(figsize=(2.2 * columns, 2.35 * len(rows) + 0.7), layout="constrained")
-    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+    for axes, row, name in zip(figure.subplots(len(rows), columns, squeeze=False), rows, itertools.cycle(names)):
+        axes[0].set_ylabel(name, fontsize=8)
         for axis, cell in itertools.zip_longest(axes, row):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -2491,11 +2500,12 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
     order = sorted(range(len(dataset)), key=lambda i: (dataset.entries[i].rle is None, i * 7919 % len(dataset)))
     rows = []
     for first in range(0, min(2 * columns, len(order)), columns):
-        for kind, get in (("loaded", dataset.sample), ("augmented", lambda i: dataset[(0, i)])):
+        for get in (dataset.sample, lambda i: dataset[(0, i)]):
             row = [(i, *get(i)) for i in order[first:first + columns]]
-            rows.append([(draw_outlines(image, {ANNOTATED: mask}),
-                          f"{kind}: {shortened(dataset.entries[i].file_name)}", "") for i, image, mask in row])
-    plot_grid(path, rows, "Training images as the network sees them", {"annotation": ANNOTATED})
+            rows.append([(draw_outlines(image, {ANNOTATED: mask}), shortened(dataset.entries[i].file_name), "")
+                         for i, image, mask in row])
+    plot_grid(path, rows, ("as loaded", "augmented"), "Training images as the network sees them",
+              {"annotation": ANNOTATED})
 
 
 def plot_history(path: Path, history: list[dict], images: int) -> None:
@@ -2516,7 +2526,7 @@ def plot_history(path: Path, history: list[dict], images: int) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     loss.set(title="Loss", ylabel="loss (mean over images)")
-    scores.set(title=f"Validation, {images} image{'s' * (images > 1)}", ylabel="mean over images", ylim=(0, 1))
+    scores.set(title=f"Validation, {plural(images, 'image')}", ylabel="mean over images", ylim=(0, 1))
     rate.set(title="Learning rate", ylabel="learning rate", yscale="log")
     steps = sorted({row["lr"] for row in history[5:] or history[-1:]})  # not the warm-up's
     rate.set_yticks(steps, [f"{step:.1e}" for step in steps])
@@ -2535,7 +2545,7 @@ def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarra
     histogram.hist([found[tumour], found[~tumour]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
                    label=[f"with tumour ({tumour.sum()})", f"without tumour ({(~tumour).sum()}): 1 if none is found"])
     histogram.yaxis.get_major_locator().set_params(integer=True)
-    histogram.set(title=f"Test, {len(rows)} image{'s' * (len(rows) > 1)}", xlabel="Dice", ylabel="images", xlim=(0, 1))
+    histogram.set(title=f"Test, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
     size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image (log scale)", ylabel="Dice",
              ylim=(-0.03, 1.03), xscale="log" if tumour.any() else "linear")
@@ -2577,8 +2587,9 @@ def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry,
                        (draw_errors(image, mask, truth), "", caption)])
     columns = min(10, len(blocks))
     rows = [row for first in range(0, len(blocks), columns) for row in zip(*blocks[first:first + columns])]
-    plot_grid(path, rows, title, {"annotation; found": ANNOTATED, "prediction; false alarm": PREDICTED_COLOUR,
-                                  "missed": MISSED})
+    plot_grid(path, rows, ("image", "outlines", "errors"), title, {
+        "annotation (in errors: found)": ANNOTATED, "prediction (in errors: false positive)": PREDICTED_COLOUR,
+        "missed": MISSED})
 
 
 # ===== Plumbing: command line =========================================================================================
@@ -2591,7 +2602,7 @@ def at_least(least: int | float) -> tuple:
 
 RULES = {  # what a setting must satisfy, in words and as a test
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
-    "PATIENT_PATTERN": ("None, or a regular expression with one group",
+    "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
                         lambda v: v is None or re.compile(v).groups == 1),
     "VALID_SHARE": ("between 0 and 1", lambda v: 0 < v < 1),
     "UNANNOTATED": ('"tumour-free" or "skip"', lambda v: v in ("tumour-free", "skip")),
@@ -2791,7 +2802,8 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
             good = False
         if not good:
             value = getattr(cfg, name)
-            raise TrainerError(f"{name} is {value!r}, but must be {legal}.{did_you_mean(value, KNOWN.get(name, ()))}")
+            shown = f"'{value}'" if isinstance(value, str) else value  # repr() doubles backslashes
+            raise TrainerError(f"{name} is {shown}, but must be {legal}.{did_you_mean(value, KNOWN.get(name, ()))}")
     if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
     if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
@@ -2861,14 +2873,11 @@ def set_up_machine(cfg: Settings, device: torch.device) -> None:
 
 def describe_machine(cfg: Settings, device: torch.device) -> None:
     """Print device, precision and folders."""
-    count = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {count} thread{'s' * (count > 1)}"
+    threads = plural(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads}"
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     dtype = str(amp_dtype(cfg.PRECISION, device)).removeprefix("torch.")
     log(f"{name}{processes}, {dtype}, PyTorch {torch.__version__}, data in {cfg.DATA_DIR}, output to {cfg.OUTPUT_DIR}")
-    if device.type == "cpu":
-        log("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set. For a\n"
-            "first look take --img-size 128 --epochs 5. ETA in each epoch's line is the time that is left.")
 
 
 def check_gpu(cfg: Settings) -> None:
@@ -3049,6 +3058,11 @@ def log(message: str = "", file=None) -> None:
 def warn(message: str) -> None:
     """Print a warning on standard error, framed to stand out."""
     log("\n".join(["", "!" * 100, "WARNING: " + message, "!" * 100]), sys.stderr)
+
+
+def plural(count: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def bullet_list(lines: list[str], most: int = 10) -> str:

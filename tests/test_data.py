@@ -490,7 +490,7 @@ def test_skipping_lists_the_bad_images_and_goes_on(data, output, capfd):
     file(None, "valid/slice_1.png")(data)
     out, err = accepted(capfd, data, output, "--skip-bad-images")
     assert table(out)["images"] == ["2", "1", "1"] and table(out)["unusable images"] == ["1", "1", "0"]
-    assert "leaving out 2 image(s)" in err and "slice_0.png" in err and "slice_1.png" in err
+    assert "leaving out 2 images" in err and "slice_0.png" in err and "slice_1.png" in err
 
 
 def test_skipping_hides_neither_an_empty_split_nor_a_broken_json(data, output, capfd):

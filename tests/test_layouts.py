@@ -68,7 +68,9 @@ def test_the_folder_of_an_image_may_name_its_patient(tmp_path, capfd):
 
 @pytest.mark.parametrize("pattern, words", [
     (PATTERN, "finds no patient in 3 of 12 file names:\n  - x3.png\n  - x4.png\n  - x5.png\n"),
-    ("(p|x|v)(.)", "one group"), ("p", "one group"), ("(p", "one group")])
+    (r"(p|x|v)(\d)", r"PATIENT_PATTERN is '(p|x|v)(\d)', but must be None, or a regular expression with brackets "
+                      r"around the patient, as in (P\d+)."),
+    ("p", "brackets around"), ("(p", "brackets around")])
 def test_a_pattern_that_does_not_fit_is_refused(pattern, words, tmp_path, capfd):
     data = make(tmp_path / "data", renamed(lambda split, i: f"{'x' * (split == 'train' and i > 2) or f'p{i}_'}{i}.png"))
     assert words in refused(capfd, data, tmp_path / "out", "--audit", "--patient-pattern", pattern)
@@ -414,7 +416,7 @@ def test_a_dark_mask_among_others_is_refused(tmp_path, capfd):
     (data / "train" / "2_mask.jpg").unlink()
     write(data / "train" / "2_mask.png", squares() // 255)
     message = refused(capfd, data, tmp_path / "out", "--audit")
-    assert "1 mask file(s) have grey levels that could mean anything" in message and "2_mask.png" in message
+    assert "1 mask file with grey levels that could mean anything" in message and "2_mask.png" in message
 
 
 def test_a_photo_among_masks_is_named_first(tmp_path, capfd):

@@ -282,7 +282,7 @@ def test_the_first_process_gets_the_weights_and_decides_about_the_learning_rate(
 # --- ends
 
 
-@pytest.mark.parametrize("what, message", [("a damaged image", "1 image(s) cannot be used"),
+@pytest.mark.parametrize("what, message", [("a damaged image", "1 image cannot be used"),
                                            ("a folder in use", "another run is using"),
                                            ("one training image", "there are fewer training images than processes")])
 def test_what_no_process_can_use_ends_all_with_one_message(what, message, tmp_path):
