@@ -2384,7 +2384,7 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
             write_table(folder / "predictions.csv", rows)
         write_file(folder / ANNOTATION_FILE, json.dumps(coco, ensure_ascii=False).encode("utf-8"), required=True)
         log(f"{len(rows)} of {plural(len(files), 'image')} segmented: {folder}\nMasks are in masks/, pictures to look "
-            f"at in overlays/, sizes in predictions.csv, and outlines to correct in {ANNOTATION_FILE}.")
+            "at in overlays/, sizes of tumours in predictions.csv.")
     if bad:
         raise TrainerError(f"{len(bad)} of {plural(len(files), 'file')} failed:{bullet_list(bad)}")
 

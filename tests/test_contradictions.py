@@ -14,7 +14,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 import pytest
-from conftest import script, write_coco
+from conftest import ROOT, script, write_coco
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -446,6 +446,11 @@ def test_images_without_annotation_are_said_and_can_be_skipped(tmp_path, capfd):
                             "and scored, as free of tumour.")
     out = accepted(capfd, data, tmp_path / "out", "--unannotated", "skip")[0]
     assert table(out)["without annotation"] == ["0", "0"] and table(out)["images"] == ["4", "4"] and remarks(out) == []
+
+
+def test_of_the_phantoms_everybody_knows_that_some_are_free_of_tumour():
+    splits = {name: script.read_coco(ROOT / name) for name in ("train", "valid", "test")}
+    assert any(not entry.annotated for entry in splits["train"].entries) and script.split_remarks(splits, ()) == []
 
 
 def test_an_image_with_annotations_of_other_categories_is_annotated(tmp_path, capfd):

@@ -269,8 +269,10 @@ def test_the_readmes_onnx_recipe_gives_the_models_logits_for_any_number_of_image
     import onnxruntime  # for this test alone
     for path in out.glob("unet_plusplus_best.*"):
         shutil.copy(path, tmp_path)
+    shutil.copy(next((ROOT / "test").glob("*.jpg")), tmp_path / "scan.png")
     monkeypatch.chdir(tmp_path)
-    exec(python_block("torch.onnx.export("), {})
+    exec(python_block("torch.onnx.export("), found := {})
+    assert np.array_equal(found["mask"], script.predict_mask(found["model"], script.read_image("scan.png")))
     session = onnxruntime.InferenceSession("unet_plusplus_best.onnx", providers=["CPUExecutionProvider"])
     model = script.load_model(script.BEST, "cpu")
     for count in (1, 3):

@@ -69,6 +69,8 @@ def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
     expected = ["Dice 1.00  IoU 1.00  HD95 0 px", "Dice 0.00  IoU 0.00  HD95 91 px", "no tumour: false positive",
                 "no tumour: correct"]
     assert below == (expected * 6)[:count]
+    rows = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    assert rows == ["image", "outlines", "errors"] * -(-count // 10)
     width, height = figure.get_size_inches()
     assert (width > height or count == 1) and len(figure.legends[0].get_texts()) == 3
     assert script.read_image(tmp_path / "a.png").shape[1] == round(200 * width)
