@@ -80,7 +80,7 @@ DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/ and,
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
-PATIENT_PATTERN = None  # regular expression whose one group is the patient in a file name: r"(TCGA_\w\w_\w{4})"
+PATIENT_PATTERN = None  # regular expression, brackets around the patient in a file name: r"(P\d+)" for P001_s03.png
 VALID_SHARE = 0.2  # of train, held out for validation if there is no valid folder: whole patients, or similar images
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
@@ -2210,8 +2210,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
                   for name in splits if name != "train"}, threshold)
     for name, pixels in confident.items():
         report_unannotated(name, dataset[name].entries, pixels)
-    for name, found in metadata.get("data_counts", {}).items():
-        if found.get("near_duplicates"):
+    for name, found in metadata.get("data_counts", {}).items():  # of the data of the run: others may be evaluated
+        if found.get("near_duplicates") and name in splits and found["images"] == len(splits[name].entries):
             log(f"  {NEAR_DUPLICATES.format(found['near_duplicates'], found['images'], name)}")
     if metadata.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
         write_metadata(checkpoint, metadata)
@@ -2548,9 +2548,12 @@ def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarra
     histogram.set(title=f"Test, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
     size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image (log scale)", ylabel="Dice",
-             ylim=(-0.03, 1.03), xscale="log" if tumour.any() else "linear")
-    for axis in (size.xaxis.set_major_formatter, size.xaxis.set_minor_formatter):
-        axis("{x:g}")
+             ylim=(-0.03, 1.03))
+    if tumour.any():
+        size.set_xscale("log")
+        size.xaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))  # more labels would overlap
+        size.xaxis.set_minor_formatter("{x:g}")
+        size.xaxis.set_major_formatter("{x:g}")
     curve.plot(THRESHOLDS, dice, marker=".")
     curve.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"chosen: {threshold:.2f}")
     curve.set(title="Validation", xlabel="threshold", ylabel="Dice (mean over images)", xlim=(0, 1), ylim=(0, 1))

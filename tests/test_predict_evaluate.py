@@ -606,6 +606,11 @@ def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kin
     again = capsys.readouterr().out
     assert text.count(sentence) == 2 and again.count(sentence) == 1  # in the audit, and below the scores
     assert "test images look like" not in text + again
+    other = tmp_path / "other"
+    for split in ("valid", "test"):
+        write_cases(other / split, ([(0, 0, 64, 64)], filled([(0, 0, 64, 64, 102)])))
+    evaluate(tmp_path / "run" / script.BEST, other)
+    assert "look like" not in capsys.readouterr().out  # it was said of the data of the run
 
 
 def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_path, tiny):
@@ -678,6 +683,7 @@ def test_predicted_outlines_are_read_back_to_the_same_masks(tmp_path, tiny):
     for i, entry in enumerate(split.entries):
         expected = script.predict_mask(model, script.read_image(scans / f"扫描 {i}.png"))
         assert (entry.file_name, entry.mask().shape) == (f"扫描 {i}.png", shapes[i])
+        assert entry.path == str(folder / "images" / f"扫描 {i}.png") and not entry.error  # not its mask or overlay
         notes = coco.loadAnns(coco.getAnnIds(imgIds=[i]))
         drawn = np.zeros(shapes[i], np.uint8)
         for note in notes:
