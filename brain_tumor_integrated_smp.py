@@ -3020,7 +3020,8 @@ def lock_folder(folder: Path):
 
     Raises TrainerError if another run is using it. Where locks do not work, a warning.
     """
-    lock = filelock.FileLock(folder / ".brain_tumor.lock", timeout=1)
+    # Workers of a run that was just killed share its lock, and need a moment to end where all cores are busy.
+    lock = filelock.FileLock(folder / ".brain_tumor.lock", timeout=5)
     try:
         with warnings.catch_warnings():
             # filelock warns before it falls back to a lock that would outlive a killed run: rather none.

@@ -871,10 +871,10 @@ def test_a_table_has_the_columns_of_its_last_row(tmp_path):
 
 def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
     folder, image = tmp_path / "out", background.shared_data() / "test/slice_0.png"
-    first = Process(arguments(folder, "--epochs", 300), rising_dice)
-    first.wait_for("  2/300 ")  # the best model of the first epoch is there
+    first = Process(arguments(folder, "--epochs", 3000), rising_dice)
+    first.wait_for("  2/3000 ")  # the best model of the first epoch is there
     copy_run(whole_run(), tmp_path / "elsewhere")
-    for command in (alone(folder), [*arguments(folder, "--epochs", 300), "--resume"], alone(folder, "--evaluate"),
+    for command in (alone(folder), [*arguments(folder, "--epochs", 3000), "--resume"], alone(folder, "--evaluate"),
                     alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST),  # it rewrites the JSON
                     alone(folder, "--evaluate", "--checkpoint", tmp_path / "elsewhere" / BEST)):  # it writes tables
         code, text = here(command)
