@@ -2203,7 +2203,7 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
         write_table(output / "test_metrics.csv", [
             {"file_name": entry.file_name} | ({"patient": entry.patient} if entry.patient else {})
             | {name: f"{value:.10g}" for name, value in row.items()} for entry, row in zip(entries, rows)])
-        plot_predictions(output / "test_predictions.png", model, entries, np.array([row["dice"] for row in rows]))
+        plot_predictions(output / "test_predictions.png", model, entries, rows)
         sizes = np.array([entry.tumour_fraction for entry in entries])
         plot_report(output / "test_report.png", rows, sizes, dice, threshold)
     print_scores({name: {"images": len(splits[name].entries)} | metadata[f"{name}_metrics"]
@@ -2564,27 +2564,31 @@ def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarra
     save_figure(path, figure)
 
 
-def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], dice: np.ndarray, each: int = 2):
-    """Best, median and worst test cases."""
-    order = [int(i) for i in np.argsort(-dice, kind="stable")]
+def case_caption(row: dict[str, float]) -> str:
+    """What stands below a test image, from its scores, see score_test_image()."""
+    if row["lesions"] == 0:
+        return "no tumour: false positive" if row["false_positive_px"] else "no tumour: correct"
+    return "Dice {dice:.2f}  IoU {iou:.2f}  HD95 {hd95_px:.0f} px".format(**row)
+
+
+def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict], each: int = 2):
+    """Best, median and worst test cases. rows: of score_test_image() for the entries."""
+    order = [int(i) for i in np.argsort([-row["dice"] for row in rows], kind="stable")]
     middle = max(0, len(order) // 2 - each // 2)
     cases = {}  # a case keeps the first of its labels, where there are few
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
         cases |= {i: label for i in part if i not in cases}
-    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", "") for i in order if i in cases], "Test images")
+    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", case_caption(rows[i])) for i in order if i in cases],
+               "Test images")
 
 
 def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str) -> None:
-    """A column for each case (entry, label, caption): image, outlines, errors; without a caption, its scores below."""
+    """A column for each case (entry, label before its name, caption below): image, outlines, errors."""
     blocks = []
     for entry, label, caption in cases:
-        settings, truth = model.prediction_settings, entry.mask()
-        image = resize(read_image(entry.path, entry.height, entry.width, settings["grey_percentiles"]), *truth.shape)
-        mask, probability = segment(model, image)
-        scores = score_test_image(probability, truth, settings["threshold"])
-        if not truth.any():
-            caption = caption or ("no tumour: false positive" if mask.any() else "no tumour: correct")
-        caption = caption or "Dice {dice:.2f}  IoU {iou:.2f}  HD95 {hd95_px:.0f} px".format(**scores)
+        truth, percentiles = entry.mask(), model.prediction_settings["grey_percentiles"]
+        image = resize(read_image(entry.path, entry.height, entry.width, percentiles), *truth.shape)
+        mask = segment(model, image)[0]
         blocks.append([(image, label + shortened(entry.file_name), ""),
                        (draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask}), "", ""),
                        (draw_errors(image, mask, truth), "", caption)])
