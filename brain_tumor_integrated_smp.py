@@ -1430,36 +1430,49 @@ LOSSES = {"dice_bce": dice_bce, "dice_focal": dice_focal, "focal_tversky": Focal
 
 # ===== Metrics: one number per image, then means over images ==========================================================
 
-COUNTS = ("true_positive_px", "false_positive_px", "false_negative_px")
+COUNTS = ("true_positive_px", "false_positive_px", "false_negative_px", "true_negative_px")
+CONVENTION = ("A score is undefined where its denominator is 0, and is then left out of means: Dice and IoU where "
+              "tumour is neither annotated nor predicted, recall where none is annotated, precision where none is "
+              "predicted, HD95 where either is missing. A false alarm in a tumour-free image scores 0. NAME_n: the "
+              "number of images (or patients) behind a mean, where not all have the score.")  # as in nnU-Net
 
 
 def image_metrics(probabilities: torch.Tensor, masks: torch.Tensor, threshold: float = 0.5) -> dict[str, torch.Tensor]:
     """Scores of each image: float64 [B] tensors by name, on the same device. Tumour is probability >= threshold.
 
     probabilities: float32 [B, 1, H, W], 0..1. masks: any dtype [B, 1, H, W], 0 or 1. A metric that is added here
-    reaches the history, the tables, the JSON, and the printed lines of epochs and test.
+    reaches the history, the tables, the JSON, and the printed scores.
     """
-    tp, fp, fn, _ = smp.metrics.get_stats(probabilities, masks.long(), mode="binary", threshold=threshold)
-    counts = [count[:, 0].double() for count in (tp, fp, fn)]
+    counts = smp.metrics.get_stats(probabilities, masks.long(), mode="binary", threshold=threshold)
+    counts = [count[:, 0].double() for count in counts]
     return metrics_from_counts(*counts) | dict(zip(COUNTS, counts))
 
 
-def metrics_from_counts(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Dice, IoU, precision and recall from pixel counts (float64, any shape), range 0..1.
+def metrics_from_counts(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, tn: torch.Tensor
+                        ) -> dict[str, torch.Tensor]:
+    """Dice, IoU, precision and recall from pixel counts (float64, any shape), range 0..1; NaN where undefined."""
+    return {"dice": 2 * tp / (2 * tp + fp + fn), "iou": tp / (tp + fp + fn), "precision": tp / (tp + fp),
+            "recall": tp / (tp + fn)}
 
-    Convention: both masks empty scores 1 everywhere; only one of them empty scores 0 everywhere.
-    """
-    empty = tp + fp + fn == 0
-    parts = {"dice": (2 * tp, 2 * tp + fp + fn), "iou": (tp, tp + fp + fn), "precision": (tp, tp + fp),
-             "recall": (tp, tp + fn)}
-    return {name: torch.where(empty, 1.0, above / below.clamp_min(1)) for name, (above, below) in parts.items()}
+
+def mean_of_defined(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over the first dimension of those values that are finite (NaN if none is), and how many they are."""
+    defined = values.isfinite()
+    return torch.where(defined, values, 0).sum(0) / defined.sum(0), defined.sum(0)
 
 
 def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scores of a set from those of its images: means, and, as pooled_*, the ratios of all pixels taken together."""
-    means = {name: float(values.mean()) for name, values in scores.items() if name not in COUNTS}
+    """Scores of a set from those of its images: means, and, as pooled_*, the ratios of all pixels taken together.
+
+    See CONVENTION for undefined scores. What no image has is absent, so that a summary never holds NaN.
+    """
+    summary = {}
+    for name, values in scores.items():
+        mean, count = (value.item() for value in mean_of_defined(values))
+        if count and name not in COUNTS:
+            summary |= {name: mean} | ({f"{name}_n": count} if count < len(values) else {})
     pooled = metrics_from_counts(*(scores[name].sum() for name in COUNTS))
-    return means | {f"pooled_{name}": float(value) for name, value in pooled.items()}
+    return summary | {f"pooled_{name}": value.item() for name, value in pooled.items() if value.isfinite()}
 
 
 def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = None) -> dict:
@@ -1470,32 +1483,35 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
     dice_per_patient_mean, _median: over patients (a name for each image, or None), of the Dice of all pixels of a
     patient. NAME_95_ci: confidence_interval(). What a set does not have is absent.
     """
-    tumour, result = scores["true_positive_px"] + scores["false_negative_px"] > 0, summarize(scores)
-    values = {name: (scores[name].numpy(), patients) for name in ("dice", "iou")}
-    if tumour.any():
-        owners = [patient for patient, has in zip(patients, tumour) if has] if patients else None
-        values |= {f"{name}_with_tumour": (scores[name][tumour].numpy(), owners) for name in ("dice", "iou")}
+    result, tumour = summarize(scores), (scores["true_positive_px"] + scores["false_negative_px"] > 0).numpy()
+    owners = np.array(patients or range(len(tumour)))
+    values = {name: (scores[name].numpy(), owners) for name in ("dice", "iou")}
+    values |= {f"{name}_with_tumour": (scores[name].numpy()[tumour], owners[tumour]) for name in ("dice", "iou")}
     if patients:
-        groups = np.unique(patients, return_inverse=True)[1]
+        names, groups = np.unique(patients, return_inverse=True)
         counts = [torch.from_numpy(np.bincount(groups, scores[name].numpy())) for name in COUNTS]
-        values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), None
-        result["dice_per_patient_median"] = float(np.median(values["dice_per_patient_mean"][0]))
-    for name, (images, owners) in values.items():
-        result[name] = float(images.mean())
-        if len(set(owners or range(len(images)))) > 1:
-            result[f"{name}_95_ci"] = confidence_interval(images, owners)
+        values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), names
+    for name, (found, whose) in values.items():
+        defined = np.isfinite(found)
+        found, whose, count = found[defined], whose[defined], len(found)
+        if len(found):
+            result |= {name: float(found.mean())} | ({f"{name}_n": len(found)} if len(found) < count else {})
+        if name == "dice_per_patient_mean" and len(found):
+            result["dice_per_patient_median"] = float(np.median(found))
+        if len(set(whose)) > 1:
+            result[f"{name}_95_ci"] = confidence_interval(found, whose)
     if not tumour.all():
-        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"] == 0)[~tumour].double().mean())
+        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"].numpy() == 0)[~tumour].mean())
     return result
 
 
-def confidence_interval(values: np.ndarray, patients: list[str] | None = None) -> list[float]:
+def confidence_interval(values: np.ndarray, patients: np.ndarray | list[str] | None = None) -> list[float]:
     """95 % confidence interval of the mean of [N] values: percentile bootstrap (Efron 1979), 2000 seeded resamples.
 
     patients: whose image each value is of; then patients are resampled, with all their images (cluster bootstrap).
     Without them the interval is too narrow where several images come from one patient.
     """
-    groups = np.unique(patients, return_inverse=True)[1] if patients else np.arange(len(values))
+    groups = np.arange(len(values)) if patients is None else np.unique(patients, return_inverse=True)[1]
     sums, sizes = np.bincount(groups, values), np.bincount(groups)
     draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
     return [float(bound) for bound in np.percentile(sums[draws].sum(1) / sizes[draws].sum(1), (2.5, 97.5))]
@@ -1506,10 +1522,10 @@ def hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
 
     The distances from each boundary pixel of either mask to the nearest one of the other, both directions pooled, as
     in MedPy's hd95 (Huttenlocher et al. 1993 with a percentile for the maximum). A boundary pixel has one of its four
-    neighbours, or the image's border, outside the mask. Both masks empty: 0; one empty: the image's diagonal.
+    neighbours, or the image's border, outside the mask. NaN where a mask is empty.
     """
     if not prediction.any() or not truth.any():
-        return math.hypot(*truth.shape) if prediction.any() or truth.any() else 0.0
+        return math.nan
     x, y, width, height = cv2.boundingRect(prediction | truth)  # nothing outside it can matter
     prediction, truth = (mask[y:y + height, x:x + width] for mask in (prediction, truth))
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -1621,7 +1637,9 @@ def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *,
         loss = criterion(logits, targets).double().expand(len(images))  # the batch's mean, once for each of its images
         found.append({"valid_loss": loss} | image_metrics(logits.sigmoid(), targets))
     found = sum(gather([{name: values.cpu() for name, values in scores.items()} for scores in found]), [])
-    return summarize({name: torch.cat([scores[name] for scores in found]) for name in found[0]})
+    scores = {name: torch.cat([scores[name] for scores in found]) for name in found[0]}
+    # A loss that is not finite must be seen, and not be left out as undefined scores are.
+    return {"valid_loss": float(scores.pop("valid_loss").mean())} | summarize(scores)
 
 
 # ===== Training, epoch by epoch =======================================================================================
@@ -1767,11 +1785,12 @@ class Trainer:
         self.epoch += 1
         self.history.append({"epoch": self.epoch, "train_loss": train_loss, **scores,
                              "lr": self.optimizer.param_groups[1]["lr"]})  # the decoder's, which the epoch ended with
-        self.plateau.step(scores["dice"])
+        dice = scores.get("dice", 0.0)  # where no image has one
+        self.plateau.step(dice)
         self.epochs_without_improvement += 1
-        if scores["dice"] <= self.best_dice:
+        if dice <= self.best_dice:
             return False
-        self.best_dice, self.best_epoch, self.epochs_without_improvement = scores["dice"], self.epoch, 0
+        self.best_dice, self.best_epoch, self.epochs_without_improvement = dice, self.epoch, 0
         if rank() == 0:
             self.best_weights = portable_weights(self.ema)
         return True
@@ -1802,7 +1821,8 @@ class Trainer:
 def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> list[str]:
     """The header of the printed table and the line of an epoch, up to 100 columns. scores: of validate()."""
     values = {"epoch": f"{row['epoch']}/{epochs}", "train_loss": f"{row['train_loss']:.4f}"}
-    values |= {name: f"{value:.4f}" for name, value in scores.items() if not name.startswith("pooled_")}
+    values |= {name: f"{scores[name]:.4f}" if name in scores else "-"
+               for name in ("valid_loss", "dice", "iou", "precision", "recall")}
     values |= {"lr": f"{row['lr']:.1e}", "img/s": f"{row['images_per_second']:.1f}", "time": f"{row['seconds']:.1f}s",
                "ETA": str(left), "": "*best" if improved else ""}
     widths = {"epoch": 2 * len(str(epochs)) + 1, "lr": 7, "time": 7, "ETA": 8, "": 5}
@@ -1931,6 +1951,7 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
         "settings": dict(vars(cfg)),
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
         "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
+        "convention": CONVENTION,
         **({"held_out": [entry.file_name for entry in splits["valid"].entries]} if splits["valid"].held_out else {}),
         "data_counts": {name: {"images": len(split.entries),
                                "annotations": sum(count for entry in split.entries for category, count
@@ -2141,16 +2162,19 @@ def binarize(probability: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def counts_per_threshold(probability: np.ndarray, mask: np.ndarray, thresholds: np.ndarray = THRESHOLDS) -> np.ndarray:
-    """(TP, FP, FN) at every threshold: int64 [T, 3], from float32 probabilities and a 0/1 mask of the same shape."""
+    """COUNTS at every threshold: int64 [T, 4], from float32 probabilities and a 0/1 mask of the same shape."""
     passed = np.searchsorted(thresholds.astype(np.float32), probability.ravel(), side="right")  # how many it reaches
     inside = mask.ravel() > 0
     tp, fp = (np.bincount(passed[part], minlength=len(thresholds) + 1)[::-1].cumsum()[::-1][1:]
               for part in (inside, ~inside))
-    return np.stack([tp, fp, inside.sum() - tp], axis=-1)
+    return np.stack([tp, fp, inside.sum() - tp, (~inside).sum() - fp], axis=-1)
 
 
 def score_test_image(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict[str, float]:
-    """All scores of one image at the annotation's resolution: a row of test_metrics.csv; and confident_px."""
+    """All scores of one image at the annotation's resolution: a row of test_metrics.csv; and confident_px.
+
+    Undefined ones are NaN, see CONVENTION.
+    """
     prediction = binarize(probability, threshold)
     tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
     row = {name: float(value) for name, value in image_metrics(*tensors, threshold).items()}
@@ -2185,7 +2209,7 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
     model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
     metadata, settings, output = model.metadata, model.prediction_settings, Path(cfg.OUTPUT_DIR)
     counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], counts_per_threshold, "valid"))).double()
-    dice = metrics_from_counts(*counts.unbind(-1))["dice"].mean(dim=0).numpy()
+    dice = mean_of_defined(metrics_from_counts(*counts.unbind(-1))["dice"])[0].nan_to_num(0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the one closest to 0.5
     threshold = settings["threshold"] = float(THRESHOLDS[chosen])
@@ -2202,7 +2226,8 @@ def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split
         entries = dataset["test"].entries
         write_table(output / "test_metrics.csv", [
             {"file_name": entry.file_name} | ({"patient": entry.patient} if entry.patient else {})
-            | {name: f"{value:.10g}" for name, value in row.items()} for entry, row in zip(entries, rows)])
+            | {name: f"{value:.10g}" if math.isfinite(value) else "" for name, value in row.items()}
+            for entry, row in zip(entries, rows)])
         plot_predictions(output / "test_predictions.png", model, entries, rows)
         sizes = np.array([entry.tumour_fraction for entry in entries])
         plot_report(output / "test_report.png", rows, sizes, dice, threshold)
@@ -2240,22 +2265,25 @@ def summarize_test(rows: list[dict[str, float]], patients: list[str] | None) -> 
 def print_scores(metrics: dict[str, dict], threshold: float) -> None:
     """Print the scores of the splits side by side, under their names in the JSON; of the pooled ones only Dice."""
     def cell(scores, row):
-        value, interval = scores.get(row, ""), scores.get(f"{row}_95_ci")
+        value, interval, count = scores.get(row, ""), scores.get(f"{row}_95_ci"), scores.get(f"{row}_n")
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")).ljust(26)
+        return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
+                + f" n={count}" * (count is not None)).ljust(32)
 
     log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Scores at the original resolution, with 95 % "
-        "confidence\nintervals: means over images, if not said otherwise. An image scores 1 if both masks are empty, 0 "
-        "if only one is.")
-    log(" " * 31 + "".join(name.ljust(26) for name in metrics).rstrip())
+        "confidence\nintervals: means over images, if not said otherwise. Where n is given, only so many have that "
+        "score: without\ntumour, annotated or predicted, there is no Dice; a false alarm in a tumour-free image has "
+        "Dice 0.")
+    log(" " * 31 + "".join(name.ljust(32) for name in metrics).rstrip())
     for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
-        if row in ("images", "pooled_dice") or not re.search("_95_ci$|^pooled_|lesions", row):
+        if row in ("images", "pooled_dice") or not re.search("_95_ci$|_n$|^pooled_|lesions", row):
             log("  " + row.ljust(29) + "".join(cell(scores, row) for scores in metrics.values()).rstrip())
     if found := metrics.get("test"):
         log(f"  Lesions detected: {found['lesions_found']} of {found['lesions']} (any overlap); false positives: "
             f"{found['false_lesions']}")
     if found and "dice_with_tumour" not in found:
-        log("  No image of test has a tumour: its scores only count false alarms.")
+        log("  No image of test has a tumour, and "
+            + ("its Dice only counts false alarms." if "dice" in found else "none is predicted: there is no Dice."))
     if "dice_per_patient_mean" not in metrics["valid"]:
         log("  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.")
 
@@ -2510,7 +2538,7 @@ def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> No
 
 def plot_history(path: Path, history: list[dict], images: int) -> None:
     """Losses, validation Dice and IoU, and learning rate over the epochs. images: how many validation has."""
-    epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row["dice"])
+    epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row.get("dice", 0))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     loss, scores, rate = figure.subplots(1, 3)
     marker = "." if len(history) < 30 else None
@@ -2518,9 +2546,10 @@ def plot_history(path: Path, history: list[dict], images: int) -> None:
                         (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": "of the decoder"})):
         for key, label in lines.items():
             style = "steps-post" if key == "lr" else "default"
-            axis.plot(epochs, [row[key] for row in history], marker=marker, label=label, drawstyle=style)
+            values = [row.get(key, math.nan) for row in history]
+            axis.plot(epochs, values, marker=marker, label=label, drawstyle=style)
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
-                     label=f"best epoch {best['epoch']} (Dice {best['dice']:.3f})" if axis is scores else None)
+                     label=f"best epoch {best['epoch']} (Dice {best.get('dice', 0):.3f})" if axis is scores else None)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -2541,9 +2570,10 @@ def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarra
     """
     figure, found = Figure(figsize=(15, 4.5), layout="constrained"), np.array([row["dice"] for row in rows])
     histogram, size, curve = figure.subplots(1, 3)
-    tumour = sizes > 0
-    histogram.hist([found[tumour], found[~tumour]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
-                   label=[f"with tumour ({tumour.sum()})", f"without tumour ({(~tumour).sum()}): 1 if none is found"])
+    tumour, alarm = sizes > 0, (sizes == 0) & np.isfinite(found)
+    histogram.hist([found[tumour], found[alarm]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
+                   label=[f"with tumour ({tumour.sum()})", f"without tumour, false alarm ({alarm.sum()} of "
+                          f"{(~tumour).sum()})"])
     histogram.yaxis.get_major_locator().set_params(integer=True)
     histogram.set(title=f"Test, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
@@ -2568,12 +2598,14 @@ def case_caption(row: dict[str, float]) -> str:
     """What stands below a test image, from its scores, see score_test_image()."""
     if row["lesions"] == 0:
         return "no tumour: false positive" if row["false_positive_px"] else "no tumour: correct"
-    return "Dice {dice:.2f}  IoU {iou:.2f}  HD95 {hd95_px:.0f} px".format(**row)
+    found = "HD95 {hd95_px:.0f} px" if math.isfinite(row["hd95_px"]) else "not found"
+    return ("Dice {dice:.2f}  IoU {iou:.2f}  " + found).format(**row)
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict], each: int = 2):
-    """Best, median and worst test cases. rows: of score_test_image() for the entries."""
-    order = [int(i) for i in np.argsort([-row["dice"] for row in rows], kind="stable")]
+    """Best, median and worst test cases among those that have a Dice. rows: of score_test_image() for the entries."""
+    with_dice = [i for i, row in enumerate(rows) if math.isfinite(row["dice"])]
+    order = sorted(with_dice, key=lambda i: -rows[i]["dice"]) or [*range(len(rows))][:each]
     middle = max(0, len(order) // 2 - each // 2)
     cases = {}  # a case keeps the first of its labels, where there are few
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
@@ -3147,9 +3179,10 @@ def write_file(path: Path, content, required: bool = False) -> None:
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as a CSV file with the columns of the last one: before a resume, metrics may have been edited."""
+    """Write rows as a CSV file; a cell is empty where a row lacks a column, as a mean over no image or a new metric."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, rows[-1], extrasaction="ignore", lineterminator="\n")
+    columns = dict.fromkeys(name for row in reversed(rows) for name in row)  # in the order of the last row
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, table.getvalue().encode("utf-8"))

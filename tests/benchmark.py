@@ -184,7 +184,7 @@ class Original:
         with torch.no_grad():
             probabilities = torch.cat([self.model(images.to(self.device)).sigmoid().cpu()
                                        for images, _ in self.loaders["valid"]])
-        return float(script.image_metrics(probabilities, torch.stack(self.truth))["dice"].mean())
+        return float(script.image_metrics(probabilities, torch.stack(self.truth))["dice"].nanmean())
 
     def fit(self):
         """All epochs: seconds of each, seconds of its training, and validation Dice; and what more there is to say."""

@@ -94,7 +94,7 @@ def test_the_scores_of_the_evaluation_are_those_of_predicted_masks(gpu_run, tmp_
         for entry, row in zip(script.read_coco(shared_data() / "test").entries, rows, strict=True):
             mask, truth = script.predict_mask(model, script.read_image(entry.path)), entry.mask()
             assert [int(row[name]) for name in script.COUNTS] == [
-                part.sum() for part in (mask & truth, mask > truth, mask < truth)]
+                part.sum() for part in (mask & truth, mask > truth, mask < truth, 1 - (mask | truth))]
 
 
 def test_deterministic_runs_repeat_and_resume_to_the_last_bit(tmp_path):

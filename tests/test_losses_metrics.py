@@ -1,6 +1,7 @@
 """Losses and metrics against values worked out by hand."""
 
-from math import hypot, log
+import functools
+from math import log, nan
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import script
 
 HALF, THREE_QUARTERS = 0.0, log(3)  # logits of the probabilities 1/2 and 3/4
 ALL_LOSSES = sorted(script.LOSSES)
+approx = functools.partial(pytest.approx, nan_ok=True)
 
 
 def batch(*images):
@@ -157,38 +159,43 @@ def test_losses_are_computed_in_float32_also_under_autocast(name, dtype):
 
 
 def test_scores_of_images_by_hand():
-    """One image with TP 2, FP 1, FN 3; one that is empty and found empty."""
+    """One image with TP 2, FP 1, FN 3, TN 1; one that is empty and found empty, whose ratios are 0 / 0."""
     scores = script.image_metrics(batch([.9, .8, .7, .1, .1, .1, .1], [.1] * 7), batch([1, 1, 0, 1, 1, 1, 0], [0] * 7))
     assert {name: values.tolist() for name, values in scores.items()} == {
-        "dice": [pytest.approx(4 / 8), 1], "iou": [pytest.approx(2 / 6), 1], "precision": [pytest.approx(2 / 3), 1],
-        "recall": [pytest.approx(2 / 5), 1], "true_positive_px": [2, 0], "false_positive_px": [1, 0],
-        "false_negative_px": [3, 0]}
+        "dice": approx([4 / 8, nan]), "iou": approx([2 / 6, nan]), "precision": approx([2 / 3, nan]),
+        "recall": approx([2 / 5, nan]), "true_positive_px": [2, 0], "false_positive_px": [1, 0],
+        "false_negative_px": [3, 0], "true_negative_px": [1, 7]}
     assert {values.dtype for values in scores.values()} == {torch.float64}
 
 
 @pytest.mark.parametrize("counts, expected", [
-    ((0, 0, 0), 1.0),  # nothing there, nothing found
-    ((0, 0, 9), 0.0),  # a missed tumour: precision 0 too, although no pixel was wrong
-    ((0, 9, 0), 0.0),  # a false alarm: recall 0 too, although no pixel was missed
-    ((0, 3, 4), 0.0), ((5, 0, 0), 1.0)])
-def test_empty_masks_score_one_when_both_are_and_zero_when_one_is(counts, expected):
+    ((0, 0, 0, 9), (nan, nan, nan, nan)),  # nothing there, nothing found: every denominator is 0
+    ((0, 0, 9, 0), (0, 0, nan, 0)),  # a missed tumour: nothing was predicted that could be precise
+    ((0, 9, 0, 0), (0, 0, 0, nan)),  # a false alarm: there was nothing to recall
+    ((0, 3, 4, 2), (0, 0, 0, 0)), ((5, 0, 0, 4), (1, 1, 1, 1))])
+def test_a_score_is_undefined_exactly_where_its_denominator_is_0(counts, expected):
     scores = script.metrics_from_counts(*torch.tensor(counts, dtype=torch.float64))
-    assert {name: float(value) for name, value in scores.items()} == dict.fromkeys(
-        ("dice", "iou", "precision", "recall"), expected)
+    assert [float(scores[name]) for name in ("dice", "iou", "precision", "recall")] == approx(expected)
 
 
-def test_a_set_is_summarised_as_means_over_images_and_as_pooled_pixels():
-    """A large well-found tumour, a small missed one, and a negative.
+def test_a_set_is_summarised_as_means_over_defined_scores_and_as_pooled_pixels():
+    """A large well-found tumour, a small missed one, a negative, and a false alarm.
 
-    Dice per image 180/200, 0, 1: mean 1.9/3. Pooled: TP 90, FP 10, FN 10 + 5: 180/205.
+    Dice 180/200, 0, none, 0: mean 0.9/3; recall 0.9, 0, none, none. Pooled: TP 90, FP 10 + 5, FN 10 + 5: 180/210.
     """
-    counts = torch.tensor([[90., 0, 0], [10, 0, 0], [10, 5, 0]], dtype=torch.float64)
+    counts = torch.tensor([[90., 0, 0, 0], [10, 0, 0, 5], [10, 5, 0, 0], [0, 5, 9, 5]], dtype=torch.float64)
     scores = script.metrics_from_counts(*counts) | dict(zip(script.COUNTS, counts))
-    assert script.summarize(scores | {"another": torch.tensor([1., 2, 6])}) == {
-        "dice": pytest.approx(1.9 / 3), "iou": pytest.approx((90 / 110 + 0 + 1) / 3),
-        "precision": pytest.approx(1.9 / 3), "recall": pytest.approx(1.9 / 3), "another": 3,
-        "pooled_dice": pytest.approx(180 / 205), "pooled_iou": pytest.approx(90 / 115),
-        "pooled_precision": pytest.approx(90 / 100), "pooled_recall": pytest.approx(90 / 105)}
+    assert script.summarize(scores | {"another": torch.tensor([1., 2, 3, 6]), "no": torch.full((4,), nan)}) == {
+        "dice": approx(0.9 / 3), "dice_n": 3, "iou": approx(90 / 110 / 3), "iou_n": 3, "precision": approx(0.9 / 2),
+        "precision_n": 2, "recall": approx(0.9 / 2), "recall_n": 2, "another": 3, "pooled_dice": approx(180 / 210),
+        "pooled_iou": approx(90 / 120), "pooled_precision": approx(90 / 105), "pooled_recall": approx(90 / 105)}
+
+
+def test_means_are_the_same_to_the_last_digit_where_every_score_is_defined():
+    for shape in ((1001, 19), (1001,), (7,)):
+        values = torch.from_numpy(np.random.default_rng(0).random(shape))
+        mean, count = script.mean_of_defined(values)
+        assert torch.equal(mean, values.mean(dim=0)) and (count == len(values)).all()
 
 
 def test_counts_of_large_images_do_not_round():
@@ -206,7 +213,7 @@ def test_a_probability_at_the_threshold_counts_as_tumour_everywhere(threshold):
     tensor = torch.from_numpy(probability)[None, None]
     assert script.image_metrics(tensor, torch.ones_like(tensor), float(threshold))["true_positive_px"].tolist() == [1]
     counts = script.counts_per_threshold(probability, np.ones_like(probability), np.array([threshold]))
-    assert counts.tolist() == [[1, 0, 1]]
+    assert counts.tolist() == [[1, 0, 1, 0]]
 
 
 def test_counts_at_all_thresholds_equal_counting_them_one_by_one():
@@ -219,7 +226,8 @@ def test_counts_at_all_thresholds_equal_counting_them_one_by_one():
     assert counts.dtype == np.int64 and len(counts) == len(script.THRESHOLDS)
     for row, threshold in zip(counts.tolist(), script.THRESHOLDS.astype(np.float32)):
         found = probability >= threshold
-        assert row == [(found & (mask > 0)).sum(), (found & (mask == 0)).sum(), (~found & (mask > 0)).sum()]
+        assert row == [(guess & truth).sum() for guess, truth in (
+            (found, mask > 0), (found, mask == 0), (~found, mask > 0), (~found, mask == 0))]
 
 
 def test_validation_scores_do_not_depend_on_the_batch_size():
@@ -270,15 +278,15 @@ def test_hd95_equals_its_definition_over_all_pairs_of_boundary_pixels():
 
 @pytest.mark.parametrize("prediction, truth, expected", [
     (picture("#....", ".....", ".....", "....."), picture(".....", ".....", ".....", "....#"), 5.0),  # 3, 4, 5
-    (picture("....", "....", "...."), picture("....", "....", "...."), 0.0),
-    (picture("....", ".#..", "...."), picture("....", "....", "...."), hypot(3, 4)),  # the diagonal of the image
-    (picture("....", "....", "...."), picture("....", ".#..", "...."), hypot(3, 4)),
+    (picture("....", "....", "...."), picture("....", "....", "...."), nan),
+    (picture("....", ".#..", "...."), picture("....", "....", "...."), nan),
+    (picture("....", "....", "...."), picture("....", ".#..", "...."), nan),
     (picture("####", "####", "####"), picture("####", "####", "####"), 0.0),
     # 20 + 1 and 20 boundary pixels, one of them 10 pixels away from the other mask: less than 5 % do not count.
     (picture("#" * 20 + "." * 9 + "#"), picture("#" * 20 + "." * 10), 0.0),
 ])
 def test_hd95_by_hand(prediction, truth, expected):
-    assert script.hd95(prediction, truth) == pytest.approx(expected, abs=1e-5)
+    assert script.hd95(prediction, truth) == approx(expected, abs=1e-5)
 
 
 # --- lesions
@@ -334,25 +342,26 @@ def test_a_confidence_interval_repeats_and_draws_from_its_own_generator():
 
 
 def counts(*rows):
-    """The scores of images with these pixel counts (true positive, false positive, false negative)."""
+    """The scores of images of 9 pixels with these counts (true positive, false positive, false negative)."""
     tp, fp, fn = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    return script.metrics_from_counts(tp, fp, fn) | dict(zip(script.COUNTS, (tp, fp, fn)))
+    found = tp, fp, fn, 9 - tp - fp - fn
+    return script.metrics_from_counts(*found) | dict(zip(script.COUNTS, found))
 
 
 def test_final_scores_by_hand():
-    """Three patients: one is right, one has a false alarm in a tumour-free image, of one nothing is found."""
-    scores = counts((4, 0, 0), (0, 0, 0), (2, 1, 1), (0, 3, 0), (0, 0, 5))
-    found = script.final_scores(scores, ["a", "a", "b", "b", "c"])
-    assert found["dice"] == pytest.approx((1 + 1 + 2 / 3 + 0 + 0) / 5)
-    assert found["dice_with_tumour"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert found["iou_with_tumour"] == pytest.approx((1 + 1 / 2 + 0) / 3)
-    assert found["tumour_free_predicted_empty"] == 0.5
-    # b: 2 pixels right, 1 + 3 too many, 1 missed.
-    assert found["dice_per_patient_mean"] == pytest.approx((1 + 4 / 9 + 0) / 3)
-    assert found["dice_per_patient_median"] == pytest.approx(4 / 9)
+    """Four patients: one is right, one has a false alarm, of one nothing is found, and one has no tumour at all."""
+    scores = counts((4, 0, 0), (0, 0, 0), (2, 1, 1), (0, 3, 0), (0, 0, 5), (0, 0, 0))
+    found = script.final_scores(scores, ["a", "a", "b", "b", "c", "d"])
+    assert found["dice"] == approx((1 + 2 / 3 + 0 + 0) / 4) and found["dice_n"] == 4
+    assert found["dice_with_tumour"] == approx((1 + 2 / 3 + 0) / 3) and "dice_with_tumour_n" not in found
+    assert found["iou_with_tumour"] == approx((1 + 1 / 2 + 0) / 3)
+    assert found["tumour_free_predicted_empty"] == approx(2 / 3)
+    # b: 2 pixels right, 1 + 3 too many, 1 missed; d has no Dice.
+    assert found["dice_per_patient_mean"] == approx((1 + 4 / 9 + 0) / 3) and found["dice_per_patient_mean_n"] == 3
+    assert found["dice_per_patient_median"] == approx(4 / 9)
     assert found["dice_per_patient_mean_95_ci"] == script.confidence_interval(np.array([1, 4 / 9, 0]))
     assert found["dice_with_tumour_95_ci"] == script.confidence_interval(np.array([1, 2 / 3, 0]), ["a", "b", "c"])
-    assert found["dice_95_ci"] == script.confidence_interval(scores["dice"].numpy(), ["a", "a", "b", "b", "c"])
+    assert found["dice_95_ci"] == script.confidence_interval(np.array([1, 2 / 3, 0, 0]), ["a", "b", "b", "c"])
     assert found.items() >= script.summarize(scores).items()
 
 
@@ -360,9 +369,10 @@ def test_what_a_set_does_not_have_is_absent():
     found = script.final_scores(counts((4, 0, 0), (2, 1, 1)))
     assert not any(name.endswith("_95_ci") for name in script.final_scores(counts((4, 0, 0), (2, 1, 1)), ["a", "a"]))
     assert found["dice_with_tumour"] == found["dice"] and "tumour_free_predicted_empty" not in found
-    assert not any("patient" in name for name in found)
+    assert not any("patient" in name or name.endswith("_n") for name in found)
     found = script.final_scores(counts((0, 0, 0), (0, 1, 0)))
     assert found["tumour_free_predicted_empty"] == 0.5 and not any("with_tumour" in name for name in found)
+    assert script.final_scores(counts((0, 0, 0), (0, 0, 0)), ["a", "b"]) == {"tumour_free_predicted_empty": 1.0}
 
 
 def test_an_interval_of_two_patients_by_hand():

@@ -69,7 +69,7 @@ def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
     script.plot_cases(tmp_path / "a.png", model, cases, "Cases")
     figure, = figures
     below = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
-    expected = ["Dice 1.00  IoU 1.00  HD95 0 px", "Dice 0.00  IoU 0.00  HD95 91 px", "no tumour: false positive",
+    expected = ["Dice 1.00  IoU 1.00  HD95 0 px", "Dice 0.00  IoU 0.00  not found", "no tumour: false positive",
                 "no tumour: correct"]
     assert below == (expected * 6)[:count]
     rows = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
@@ -83,6 +83,8 @@ def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
 def test_the_history_names_the_best_epoch_once_and_the_number_of_images(epochs, images, tmp_path, figures):
     history = [{"epoch": i + 1, "train_loss": 1 / (i + 1), "valid_loss": 1.0, "dice": 0.5 + (i == epochs // 2) / 4,
                 "iou": 0.4, "lr": 5e-4 / 2 ** (i // 20)} for i in range(epochs)]
+    if epochs > 1:
+        del history[0]["dice"], history[0]["iou"]  # no image of this epoch had them
     script.plot_history(tmp_path / "a.png", history, images)
     found, (_, scores, rate) = texts(figures[0]), figures[0].axes
     assert found.count(f"best epoch {epochs // 2 + 1} (Dice 0.750)") == 1
@@ -94,11 +96,23 @@ def test_the_history_names_the_best_epoch_once_and_the_number_of_images(epochs, 
 
 @pytest.mark.parametrize("sizes", [[0.0], [0.02], [0.0, 0.0, 0.01, 0.1, 0.2]])
 def test_the_report_shows_any_number_of_images(sizes, tmp_path, figures):
+    """Of two images without tumour one has a false alarm, and so a Dice."""
     rows, dice = [{"dice": 1 - size} for size in sizes], np.linspace(0.5, 0.7, len(script.THRESHOLDS))
+    rows[0]["dice"] = rows[0]["dice"] if sizes[0] else np.nan
     script.plot_report(tmp_path / "a.png", rows, np.array(sizes), dice, 0.35)
-    found, tumours = texts(figures[0]), sum(size > 0 for size in sizes)
+    found, tumours, alarms = texts(figures[0]), sum(size > 0 for size in sizes), int(sizes[1:2] == [0])
     assert {f"with tumour ({tumours})", "chosen: 0.35"} <= {*found}
-    assert any(text.startswith(f"without tumour ({len(sizes) - tumours})") for text in found)
+    assert f"without tumour, false alarm ({alarms} of {len(sizes) - tumours})" in found
     assert len(figures[0].axes[1].lines[0].get_xdata()) == tumours
-    assert sum(patch.get_height() for patch in figures[0].axes[0].patches if patch.get_height()) >= len(sizes)
+    heights = [patch.get_height() for patch in figures[0].axes[0].patches]
+    assert sum(heights) >= tumours + alarms and max(heights) <= max(1, tumours)
     assert isinstance(figures[0], Figure) and cv2.imread(str(tmp_path / "a.png")).shape[:2] == (900, 3000)
+
+
+def test_cases_are_chosen_among_images_that_have_a_dice(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(script, "plot_cases", lambda path, model, cases, title: shown.append(cases))
+    for dice, expected in (([np.nan, 0.2, 0.9, np.nan, 0.5], "2 4 1"), ([np.nan] * 3, "0 1")):
+        rows = [{"dice": value, "iou": value, "hd95_px": 1, "lesions": 1} for value in dice]
+        script.plot_predictions(tmp_path / "a.png", None, [*range(len(rows))], rows)
+        assert [str(case[0]) for case in shown.pop()] == expected.split()

@@ -8,7 +8,6 @@ import hashlib
 import http.server
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -522,8 +521,8 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
         ([block], [(*block, 255)], (1, 0, 1, 1, 0)),
         # Distances of boundaries 0, 0 and 30: their 95th percentile is 27.
         ([(5, 5, 1, 1), (35, 5, 1, 1)], [(5, 5, 1, 1, 255)], (2 / 3, 27, 2, 1, 0)),
-        ([], [(*block, 255)], (0, math.hypot(64, 64), 0, 0, 1)),
-        ([], [], (1, 0, 0, 0, 0)),
+        ([], [(*block, 255)], (0, "", 0, 0, 1)),  # undefined: an empty cell
+        ([], [], ("", "", 0, 0, 0)),
         ([block], [(23, 20, 10, 10, 255)], (0.7, 3, 1, 1, 0))]  # three pixels too far to the right
     data = tmp_path / "data"
     write_cases(data / "test", *[(annotated, filled(boxes)) for annotated, boxes, _ in cases])
@@ -531,13 +530,14 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     metadata, rows = evaluate(saved(tmp_path / "run"), data)
     columns = ("dice", "hd95_px", "lesions", "lesions_found", "false_lesions")
     for row, (_, _, numbers) in zip(rows, cases, strict=True):
-        assert [float(row[name]) for name in columns] == pytest.approx(numbers, abs=1e-6)
-    found, dice = metadata["test_metrics"], np.array([case[2][0] for case in cases])
+        assert [row[name] and float(row[name]) for name in columns] == [
+            number if number == "" else pytest.approx(number, abs=1e-6) for number in numbers]
+    found, dice = metadata["test_metrics"], np.array([case[2][0] for case in cases if case[2][0] != ""])
     iou = dice / (2 - dice)
     for name, values in (("dice", dice), ("iou", iou)):
         assert found[name] == pytest.approx(values.mean())
-        assert found[f"{name}_95_ci"] == pytest.approx(script.confidence_interval(values))
-    assert found["hd95_px"] == pytest.approx((27 + math.hypot(64, 64) + 3) / 5)
+        assert found[f"{name}_95_ci"] == pytest.approx(script.confidence_interval(values)) and found[f"{name}_n"] == 4
+    assert found["hd95_px"] == pytest.approx((27 + 3) / 3) and found["hd95_px_n"] == 3
     assert [found[name] for name in columns[2:]] == [4, 3, 1]
     assert found["dice_with_tumour"] == pytest.approx((1 + 2 / 3 + 0.7) / 3)
     assert found["tumour_free_predicted_empty"] == 0.5
@@ -547,20 +547,47 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     def cell(name):
         return f"{found[name]:.4f} " + "({:.3f} to {:.3f})".format(*found[f"{name}_95_ci"])
 
-    for line in ("Threshold 0.50 gives the best Dice on valid. Scores at the original resolution, with 95 % "
-                 "confidence\nintervals: means over images, if not said otherwise. An image scores 1 if both ",
-                 "                               valid                     test\n",
-                 "  images                       1                         5\n",
-                 f"  dice                         1.0000                    {cell('dice')}\n",
-                 f"  iou                          1.0000                    {cell('iou')}\n",
-                 "  precision                    1.0000                    0.7400\n",
-                 f"  dice_with_tumour             1.0000                    {cell('dice_with_tumour')}\n",
-                 "  tumour_free_predicted_empty                            0.5000\n",
-                 f"  hd95_px                                                {found['hd95_px']:.4f}\n",
+    for line in ("Threshold 0.50 gives the best Dice on valid. Scores at the original resolution, with 95 % ",
+                 f"{'':31}{'valid':32}test\n",
+                 f"  {'images':29}{'1':32}5\n",
+                 f"  {'dice':29}{'1.0000':32}{cell('dice')} n=4\n",
+                 f"  {'iou':29}{'1.0000':32}{cell('iou')} n=4\n",
+                 f"  {'precision':29}{'1.0000':32}0.6750 n=4\n",
+                 f"  {'dice_with_tumour':29}{'1.0000':32}{cell('dice_with_tumour')}\n",
+                 f"  {'tumour_free_predicted_empty':29}{'':32}0.5000\n",
+                 f"  {'hd95_px':29}{'':32}{found['hd95_px']:.4f} n=3\n",
                  "  Lesions detected: 3 of 4 (any overlap); false positives: 1\n",
                  "  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.\n"):
         assert line in out, out
     assert not any(name in out for name in ("pooled_iou", "_95_ci", "lesions_found"))
+
+
+def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monkeypatch, capsys):
+    """A model that predicts nothing. In valid, the tumour of one pixel vanishes at IMG_SIZE; in test, there is none."""
+    def blind(*_):
+        model = tiny_build_model()[0]
+        torch.nn.init.constant_(model[4].bias, -100.0)
+        return model, "random"
+
+    def no_nan(word):
+        raise AssertionError(word)
+
+    monkeypatch.setattr(script, "build_model", blind)
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_cases(data / "train", *[([(20, 20, 20, 20)], noise(64, 64, seed=number)) for number in range(3)])
+    write_cases(data / "valid", ([(60, 60, 1, 1)], noise(128, 128)))
+    write_cases(data / "test", ([], noise(64, 64)))
+    assert main(*FAST, "--epochs", 3, "--data-dir", data, "--output-dir", out) == 0
+    record = json.loads((out / script.BEST).with_suffix(".json").read_text("utf-8"), parse_constant=no_nan)
+    assert record["best_epoch"] == 1 and "dice" not in record["valid_metrics_at_img_size"]
+    assert record["valid_metrics"]["dice"] == 0 and record["threshold"] == 0.5
+    assert record["test_metrics"] == {"tumour_free_predicted_empty": 1, "lesions": 0, "lesions_found": 0,
+                                      "false_lesions": 0}
+    rows = [list(csv.DictReader((out / f"{name}.csv").read_text("utf-8").splitlines()))
+            for name in ("training_history", "test_metrics")]
+    assert [row.get("dice", "") for row in rows[0]] == [""] * 3
+    assert [rows[1][0][name] for name in ("dice", "recall", "hd95_px")] == [""] * 3
+    assert "none is predicted: there is no Dice." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("augmented", [False, True])

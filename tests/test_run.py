@@ -860,10 +860,10 @@ def test_training_works_with_almost_no_shared_memory(tmp_path):
         pytest.skip("no right to mount")
 
 
-def test_a_table_has_the_columns_of_its_last_row(tmp_path):
-    """A metric that was added, or taken out, before a resume."""
+def test_a_table_has_a_column_for_all_that_any_row_holds(tmp_path):
+    """A metric that was added, or taken out, before a resume, or that no image of an epoch had."""
     script.write_table(tmp_path / "history.csv", [{"epoch": 1, "old": 7}, {"epoch": 2, "new": 0.5}])
-    assert (tmp_path / "history.csv").read_text() == "epoch,new\n1,\n2,0.5\n"
+    assert (tmp_path / "history.csv").read_text() == "epoch,new,old\n1,,7\n2,0.5,\n"
 
 
 # --- one run at a time in a folder

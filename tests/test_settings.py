@@ -312,7 +312,6 @@ def test_another_metric(tmp_path, capsys):
     valid = float(history[0]["size_px"])
     assert metadata["valid_metrics_at_img_size"]["size_px"] == valid
     printed = capsys.readouterr().out
-    assert re.search(rf"^  1/1 .* {valid:.4f} ", printed, re.M)
     assert re.search(rf"^  size_px  .* {np.mean(sizes):.4f}$", printed, re.M)
 
 
