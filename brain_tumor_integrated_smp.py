@@ -120,7 +120,7 @@ SEED = 42  # 0 or more; initial weights, order of the images and augmentation ar
 TEST_TIME_AUGMENTATION = False  # True: the mean over an image and its mirror image, at twice the cost
 
 # --- machine
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # "cuda", "cuda:1", "cpu"
+DEVICE = "auto"  # "auto" (a GPU if PyTorch sees one), "cuda", "cuda:1", "cpu"
 PRECISION = "auto"  # "auto" (float16 on CUDA, bfloat16 on CPUs that have it), "float32", "bfloat16", "float16"
 COMPILE = False  # True: torch.compile the model (a long first epoch)
 DETERMINISTIC = False  # True: slower, but repeatable to the last bit on one GPU
@@ -1300,26 +1300,26 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
         return model, f"random ({error})"
 
 
-DOWNLOAD_TIMEOUT = 5.0  # seconds until a server is taken for unreachable; four times that in the middle of a transfer
+DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer until a server is given up
 
 
 def load_imagenet_weights(module: torch.nn.Module, encoder: str) -> str:
-    """Load ImageNet weights into an encoder, from the Hugging Face hub or, for ResNets, from torchvision.
+    """Load ImageNet weights into an encoder: of ResNets torchvision's, if those can be had; or the Hugging Face hub's.
 
-    The weights of ResNets are the same in both. Local caches come first. Returns which it was. Raises KeyError if there
-    are none for this encoder, and ConnectionError if they cannot be had.
+    Both keep what was downloaded once. Returns which it was. Raises KeyError if there are none for this encoder, and
+    ConnectionError if they cannot be had.
     """
-    url = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1.url if encoder.startswith("resnet") else ""
-    in_cache = url and (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
-    sources = {"Hugging Face hub": lambda: from_hub(encoder), "torchvision": lambda: torch.hub.load_state_dict_from_url(
-        url, map_location="cpu", check_hash=True, weights_only=True)}
-    order = ["Hugging Face hub", "torchvision"] if url else ["Hugging Face hub"]
+    sources = {"Hugging Face hub": lambda: from_hub(encoder)}
+    if encoder.startswith("resnet"):  # the names of torchvision's weights are those of the encoder
+        url = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1.url
+        sources = {"torchvision": lambda: torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True)} | sources
     reasons, timeout = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(4 * DOWNLOAD_TIMEOUT)
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        for name in reversed(order) if in_cache else order:
+        for name, get_weights in sources.items():
             try:
-                module.load_state_dict(sources[name]())
+                module.load_state_dict(get_weights())
                 return f"imagenet ({name})"
             except KeyError:
                 raise
@@ -1682,10 +1682,9 @@ class Trainer:
         self.best_dice, self.best_weights, self.history = -1.0, {}, []
         torch.manual_seed(cfg.SEED)
         # A pretrained model needs no encoder weights. DistributedDataParallel copies the first process's to the others.
-        weights = None if state or cfg.INIT_WEIGHTS else cfg.ENCODER_WEIGHTS
-        built = [build_model(cfg.ENCODER, None, cfg.ARCHITECTURE)] if rank() else []
-        on_first(lambda: built.append(build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)), rank() == 0)
-        model, origin = built[0]
+        weights = None if state or cfg.INIT_WEIGHTS or rank() else cfg.ENCODER_WEIGHTS
+        with ending_together():
+            model, origin = build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)
         self.weights_from = gather(origin)[0]
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
@@ -1706,7 +1705,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, cfg, self.weights_from)
         self.warmup, self.plateau = build_schedulers(self.optimizer, cfg)
         self.scaler = make_scaler(cfg.PRECISION, device)
-        self.saved_best_epoch, self.plotted = 0, -math.inf  # by save_run(): best epoch on disk, time of last plot
+        self.saved_best_epoch = 0  # of the best model that save_run() has put on disk
         if state:
             self.load_state(state)
         if cfg.COMPILE:
@@ -1831,15 +1830,15 @@ def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: 
             for line in (zip(values, values), values.items())]
 
 
-def train(cfg: Settings, resume: bool, requested: dict) -> None:
-    """Train, keep the best model, then evaluate it. requested: the settings as the user asked for them."""
-    device, output = torch.device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
+def train(cfg: Settings, resume: bool) -> None:
+    """Train, keep the best model, then evaluate it."""
+    device, output = find_device(cfg.DEVICE), Path(cfg.OUTPUT_DIR)
     set_up_machine(cfg, device)
     describe_machine(cfg, device)
     if resume:
         file = vars(default_settings())
         differs = [f"{name} = {value!r} (file: {file[name]!r})" for name, value in vars(cfg).items()
-                   if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR", "DEVICE")]
+                   if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR")]
         log(f"Settings of this run that differ from the file: {', '.join(differs) or 'none'}")
     STOP.saved = resume
     with locked_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
@@ -1849,8 +1848,7 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         if device.type == "cpu":
             log("No GPU is used: at 256 px expect one to five images per second, hours or days for a real data set.\n"
                 "For a first look take --img-size 128 --epochs 5. ETA in each epoch's line is the time that is left.")
-        while failure := run_epochs(cfg, device, splits, cache, resume, requested):
-            choose_safer_setting(cfg, device, *failure)
+        while not train_to_the_end(cfg, device, splits, cache, resume):
             resume = True
             gc.collect()
             torch._dynamo.reset()  # drops what COMPILE holds on to
@@ -1864,12 +1862,12 @@ def train(cfg: Settings, resume: bool, requested: dict) -> None:
         + samples)
 
 
-def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], cache: PixelCache | None, resume: bool,
-               requested: dict) -> tuple[str, bool] | None:
+def train_to_the_end(cfg: Settings, device: torch.device, splits: dict[str, Split], cache: PixelCache | None,
+                     resume: bool) -> bool:
     """Build the trainer, from the saved state if resume, and train to the end.
 
-    Returns None, or (reason, whether memory ran out) if a retry with a safer setting may succeed. A function of its
-    own: when it returns, trainer, loaders and workers are gone, and the next try finds their memory free.
+    Returns False if it has failed and cfg is now safer: try again, with resume. A function of its own: when it
+    returns, trainer, loaders and workers are gone, and the next try finds their memory free.
     """
     output, loaders = Path(cfg.OUTPUT_DIR), {}
     for name in ("train", "valid"):
@@ -1894,7 +1892,7 @@ def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], ca
             archive_earlier_run(output)  # not earlier: INIT_WEIGHTS may be one of its files
             plot_samples(output / "training_samples.png", loaders["train"].dataset)
     del state  # as large as the trainer itself
-    save = functools.partial(save_run, trainer, describe_run(cfg, device, splits, trainer.weights_from), requested)
+    save = functools.partial(save_run, trainer, describe_run(cfg, device, splits, trainer.weights_from))
     if rank() == 0:
         save()  # a state to return to, with the settings that are used; and whatever a kill has left unwritten
     STOP.saved = True
@@ -1903,10 +1901,11 @@ def run_epochs(cfg: Settings, device: torch.device, splits: dict[str, Split], ca
     except Exception as error:
         if not isinstance(error, FloatingPointError) and not is_out_of_memory(error):
             raise
-        return one_line(error), is_out_of_memory(error)
+        choose_safer_setting(cfg, device, one_line(error), is_out_of_memory(error))
+        return False
     log(f"Best validation Dice {trainer.best_dice:.4f} in epoch {trainer.best_epoch} "
         f"({cfg.IMG_SIZE} px, threshold 0.5).")
-    return None
+    return True
 
 
 def choose_safer_setting(cfg: Settings, device: torch.device, reason: str, out_of_memory: bool) -> None:
@@ -1970,9 +1969,7 @@ BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
              "test_metrics.csv", "test_predictions.png", "test_report.png", *LABEL_CHECK, LAST)
-FORMAT = 4  # of the state in LAST
-EVALUATED = ("threshold", "valid_metrics", "test_metrics")  # what evaluate_checkpoint() adds to the JSON
-PLOT_SECONDS = 300.0  # between two plots of the history, which take as long as a short epoch
+FORMAT = 5  # of the state in LAST
 # A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
 RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING_PATIENCE", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE",
                      "DETERMINISTIC", "CACHE_GB", "SAVE_SECONDS", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
@@ -1986,34 +1983,30 @@ def portable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                            memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
 
 
-def save_run(trainer: Trainer, metadata: dict, requested: dict) -> None:
-    """Write the state, and then what follows from it: best weights, their JSON, table and, now and then, the plot.
+def save_run(trainer: Trainer, metadata: dict) -> None:
+    """Write the state, and then what follows from it: best weights, their JSON, table and plot.
 
-    metadata: of describe_run(). requested: the settings as the user asked for them. Each file is replaced as a whole.
-    The state holds the best weights too: after a kill between any two files, the first save of the resumed run, which
-    writes all of them, mends the rest. Raises TrainerError; what was saved before is unharmed.
+    metadata: of describe_run(). Each file is replaced as a whole. The state holds the best weights too: after a kill
+    between any two files, the first save of the resumed run mends the rest. Raises TrainerError; what was saved before
+    is unharmed.
     """
-    cfg, output = trainer.cfg, Path(trainer.cfg.OUTPUT_DIR)
-    used = vars(cfg) | {"DEVICE": requested["DEVICE"]}  # without the number of this process's GPU
-    state = trainer.state() | {"format": FORMAT, "settings": {
-        "file": settings_in_file(), "requested": requested, "used": used}}
+    output = Path(trainer.cfg.OUTPUT_DIR)
+    state = trainer.state() | {"format": FORMAT,
+                               "settings": {"file": settings_in_file(), "used": dict(vars(trainer.cfg))}}
     write_file(output / LAST, lambda file: torch.save(state, file), required=True)
     if trainer.best_epoch != trainer.saved_best_epoch:
-        known = {} if trainer.saved_best_epoch else read_metadata(output / BEST)[0]
-        if known.get("best_epoch") == trainer.best_epoch:  # a resumed run keeps the scores of its best model
-            metadata = metadata | {name: known[name] for name in EVALUATED if name in known}
         content = io.BytesIO()
         torch.save(trainer.best_weights, content)
-        write_file(output / BEST, content.getbuffer(), required=True)
-        write_metadata(output / BEST, metadata | {
-            "best_epoch": trainer.best_epoch, "valid_metrics_at_img_size": trainer.history[trainer.best_epoch - 1],
-            "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
+        digest = hashlib.sha256(content.getbuffer()).hexdigest()
+        if read_metadata(output / BEST)[0].get("sha256") != digest:  # a resumed run finds it, with its scores
+            write_file(output / BEST, content.getbuffer(), required=True)
+            write_metadata(output / BEST, metadata | {
+                "best_epoch": trainer.best_epoch, "sha256": digest,
+                "valid_metrics_at_img_size": trainer.history[trainer.best_epoch - 1]})
         trainer.saved_best_epoch = trainer.best_epoch
     if trainer.history:
         write_table(output / "training_history.csv", trainer.history)
-        if trainer.finished() or time.monotonic() - trainer.plotted >= PLOT_SECONDS:
-            plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"])
-            trainer.plotted = time.monotonic()
+        plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"])
 
 
 def write_metadata(checkpoint: Path, metadata: dict) -> None:
@@ -2113,7 +2106,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     if metadata:  # what a JSON lacks is from before the script had it
         settings |= {"test_time_augmentation": False, "grey_percentiles": (0, 100)}
     model.prediction_settings = {name: metadata.get(name, value) for name, value in settings.items()}
-    device = torch.device(device or cfg.DEVICE)
+    device = torch.device(device or find_device(cfg.DEVICE))
     return model.to(device, memory_format=memory_format(device)).eval()
 
 
@@ -2398,7 +2391,8 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         path := Path(cfg.OUTPUT_DIR) / f"predictions{f'_{number}' * (number > 1)}").exists())
     for name in PREDICTED:
         (folder / name).mkdir(parents=True)
-    log(f"Checkpoint {checkpoint}, threshold {model.prediction_settings['threshold']:.2f}, device {cfg.DEVICE}")
+    log(f"Checkpoint {checkpoint}, threshold {model.prediction_settings['threshold']:.2f}, "
+        f"device {find_device(cfg.DEVICE)}")
     coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumour"}]}
     bad, rows = [], []
     try:
@@ -2639,12 +2633,14 @@ def at_least(least: int | float) -> tuple:
             lambda value: least <= value < 2**63 and type(value) in (int, type(least)))
 
 
-RULES = {  # what a setting must satisfy, in words and as a test
+NAMES = {"UNANNOTATED": ("tumour-free", "skip"), "ARCHITECTURE": smp.MODEL_ARCHITECTURES_MAPPING, "LOSS": LOSSES,
+         "PRECISION": ("auto", "float32", "bfloat16", "float16"), "ENCODER": smp.encoders.get_encoder_names()}
+# What a setting must satisfy, in words and as a test.
+RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, names in NAMES.items()} | {
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
                         lambda v: v is None or re.compile(v).groups == 1),
     "VALID_SHARE": ("between 0 and 1", lambda v: 0 < v < 1),
-    "UNANNOTATED": ('"tumour-free" or "skip"', lambda v: v in ("tumour-free", "skip")),
     "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
     "GREY_PERCENTILES": ("two numbers from 0 to 100, the smaller one first",
                          lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100),
@@ -2654,31 +2650,23 @@ RULES = {  # what a setting must satisfy, in words and as a test
     "NUM_WORKERS": at_least(0),
     "MEAN": ("three numbers", lambda v: len(v) == 3 and all(map(math.isfinite, v))),
     "STD": ("three numbers above 0", lambda v: len(v) == 3 and all(0 < x < math.inf for x in v)),
-    "ARCHITECTURE": (f"one of {', '.join(smp.MODEL_ARCHITECTURES_MAPPING)}",
-                     lambda v: v in smp.MODEL_ARCHITECTURES_MAPPING),
     "ENCODER": ("an encoder of segmentation_models_pytorch",
-                lambda v: v in smp.encoders.get_encoder_names() or v.startswith("tu-")),
+                lambda v: v in NAMES["ENCODER"] or v.startswith("tu-")),
     "EPOCHS": at_least(1),
     "LR": ("a number above 0", lambda v: 0 < v < math.inf),
     "LR_FROM_SCRATCH": ("a number above 0", lambda v: 0 < v < math.inf),
     "WARMUP_STEPS": at_least(0), "WEIGHT_DECAY": at_least(0.0),
-    "LOSS": (f"one of {', '.join(LOSSES)}", lambda v: v in LOSSES),
     "ACCUMULATION_STEPS": at_least(1), "GRAD_CLIP": at_least(0.0), "EMA_EPOCHS": at_least(0.0),
     "PLATEAU_FACTOR": ("between 0 and 1", lambda v: 0 < v < 1),
     "PLATEAU_PATIENCE": at_least(0), "EARLY_STOPPING_PATIENCE": at_least(0), "SEED": at_least(0),
-    "DEVICE": ("cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun (README.md, "
-               "'GPU'; --device cpu always works)",
-               lambda v: v == "cpu" or v[:4] == "cuda" and (torch.device(v).index or 0) < torch.cuda.device_count()
-               >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-    "PRECISION": ("one of auto, float32, bfloat16, float16", lambda v: v in ("auto", "float32", "bfloat16", "float16")),
+    "DEVICE": ("auto, cpu, or cuda or cuda:N if PyTorch sees that GPU, and one for each process of torchrun "
+               "(README.md, 'GPU'; --device cpu always works)",
+               lambda v: (device := find_device(v)).type == "cpu" or device.type == "cuda" and (
+                   device.index or 0) < torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
     # These two are needed by a new run only.
     "ENCODER_WEIGHTS": ('"imagenet", None or an existing file', lambda v: v in (None, "imagenet") or Path(v).is_file()),
     "INIT_WEIGHTS": ("None or an existing file", lambda v: v is None or Path(v).is_file()),
 }
-KNOWN = {"ARCHITECTURE": smp.MODEL_ARCHITECTURES_MAPPING, "ENCODER": smp.encoders.get_encoder_names(), "LOSS": LOSSES,
-         "UNANNOTATED": ("tumour-free", "skip"), "PRECISION": ("auto", "float32", "bfloat16", "float16")}
-RENAMED = {"--average-epochs": "--ema-epochs", "--lr-random-start": "--lr-from-scratch",
-           "--early-stopping": "--early-stopping-patience"}
 
 
 def default_settings() -> Settings:
@@ -2689,11 +2677,9 @@ def default_settings() -> Settings:
 
 
 def settings_in_file() -> dict:
-    """The constants as the file has them; None for a default that depends on the script's folder or the machine."""
-    folder, device = str(Path(__file__).resolve().parent), "cuda" if torch.cuda.is_available() else "cpu"
-    computed = {"DATA_DIR": folder, "OUTPUT_DIR": folder, "DEVICE": device}
-    return {name: None if value == computed.get(name, ...) else value
-            for name, value in vars(default_settings()).items()}
+    """The constants as the file has them; None for the script's folder, which is no edit where that has moved."""
+    folder = str(Path(__file__).resolve().parent)
+    return {name: None if value == folder else value for name, value in vars(default_settings()).items()}
 
 
 def flag_name(constant: str) -> str:
@@ -2768,15 +2754,10 @@ def build_parser() -> argparse.ArgumentParser:
 def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     """Merge the command line (default: sys.argv[1:]) into the constants.
 
-    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set),
-    and mode.requested holds the settings that are saved for --resume, see resume_settings().
+    Returns (cfg, mode): cfg holds every constant under its own name; mode says what to do (train if nothing is set).
     Raises TrainerError for an unknown flag, a wrong type or an impossible value.
     """
     parser = build_parser()
-    for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
-        if flag in RENAMED:
-            parser.error(f"{flag} has a new name: {RENAMED[flag]}")
     mode = parser.parse_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(mode).items() if name in CONSTANTS}
@@ -2791,42 +2772,38 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     if mode.checkpoint and not (mode.evaluate or mode.check_labels or mode.predict):
         parser.error("--checkpoint goes with --evaluate, --check-labels and --predict; to train on from a model, set "
                      "INIT_WEIGHTS")
-    mode.requested = vars(cfg) | {"DEVICE": given.get("DEVICE", settings_in_file()["DEVICE"])}
     if mode.resume:
-        mode.requested = resume_settings(cfg, given, read_state(Path(cfg.OUTPUT_DIR))["settings"])
+        resume_settings(cfg, given, read_state(Path(cfg.OUTPUT_DIR))["settings"])
     check_settings(cfg, mode)
     return cfg, mode
 
 
-def resume_settings(cfg: Settings, given: dict, saved: dict) -> dict:
+def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
     """Merge the settings of a saved run into cfg, so that --resume --output-dir FOLDER is enough.
 
-    given: the flags of this command. saved: three sets of settings: "file" (the constants in the file), "requested"
-    (with the flags) and "used" (with a safer setting after a failure). A flag that differs from the requested value, or
-    a constant that was edited in the file since, counts; otherwise what was used stays. OUTPUT_DIR is this command's.
-    Returns the settings that are now requested. Raises TrainerError if one has changed that must not.
+    given: the flags of this command. saved: "used", the settings of the run, and "file", the constants as they were in
+    the file then. A flag counts, and a constant that was edited in the file since; otherwise what was used stays.
+    OUTPUT_DIR is this command's. Raises TrainerError if one has changed that must not.
     """
-    file, requested, changed = settings_in_file(), {}, []
+    file, changed = settings_in_file(), []
+    chosen = {"OUTPUT_DIR", *given, *(name for name in file if file[name] != saved["file"].get(name, file[name]))}
     for name, value in vars(cfg).items():
-        # A constant that is newer than the saved run counts as unchanged.
-        in_file, before, used = (saved[kind].get(name, file[name]) for kind in ("file", "requested", "used"))
-        requested[name] = given.get(name, file[name]) if name == "DEVICE" else value
-        if name == "OUTPUT_DIR" or (value != before if name in given else file[name] != in_file):
+        used = saved["used"].get(name, file[name])  # a constant that is newer than the run counts as unchanged
+        if name in chosen:
             if value != used and name not in RESUME_MAY_CHANGE:
                 changed.append(f"{name}: saved {used!r}, now {value!r}")
-        elif name == "DATA_DIR" and in_file is None and not os.path.isdir(used):
-            requested[name] = value  # script and data have moved together
-        else:
-            requested[name] = before
-            setattr(cfg, name, default_settings().DEVICE if name == "DEVICE" and used is None else used)
-    before, now = (settings["BATCH_SIZE"] * settings["ACCUMULATION_STEPS"] for settings in (saved["used"], vars(cfg)))
-    if before != now:
-        changed.append(f"images per step (BATCH_SIZE * ACCUMULATION_STEPS): saved {before}, now {now}")
+        elif name != "DATA_DIR" or os.path.isdir(used):  # otherwise script and data have moved together
+            setattr(cfg, name, used)
+    images = saved["used"]["BATCH_SIZE"] * saved["used"]["ACCUMULATION_STEPS"]
+    if "ACCUMULATION_STEPS" not in chosen:  # a BATCH_SIZE alone, perhaps of the command before memory ran out
+        fitting = (steps for steps in range(1, images + 1) if cfg.BATCH_SIZE * steps == images)
+        cfg.ACCUMULATION_STEPS = next(fitting, cfg.ACCUMULATION_STEPS)
+    if (now := cfg.BATCH_SIZE * cfg.ACCUMULATION_STEPS) != images:
+        changed.append(f"images per step (BATCH_SIZE * ACCUMULATION_STEPS): saved {images}, now {now}")
     if changed:
         raise TrainerError(f"the saved run had other settings:{bullet_list(changed, 40)}\nLeave them as they were, or "
                            "start a new run in another OUTPUT_DIR. What may change on --resume: "
                            f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
-    return requested
 
 
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
@@ -2842,8 +2819,8 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
         if not good:
             value = getattr(cfg, name)
             shown = f"'{value}'" if isinstance(value, str) else value  # repr() doubles backslashes
-            raise TrainerError(f"{name} is {shown}, but must be {legal}.{did_you_mean(value, KNOWN.get(name, ()))}")
-    if cfg.DEVICE == "cpu" and cfg.PRECISION == "float16":
+            raise TrainerError(f"{name} is {shown}, but must be {legal}.{did_you_mean(value, NAMES.get(name, ()))}")
+    if find_device(cfg.DEVICE).type == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
     if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
         raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
@@ -2862,7 +2839,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     if not (mode.predict or mode.audit or mode.evaluate or mode.check_labels):
         start_processes(cfg)
         check_gpu(cfg)
-        train(cfg, mode.resume, mode.requested)
+        train(cfg, mode.resume)
         return
     if rank() > 0:  # the first process does without the others
         return
@@ -2897,6 +2874,15 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
 # ===== Plumbing: the machine ==========================================================================================
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a DEVICE setting; of several processes on a machine, each has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return torch.device(name)
+
+
 def set_up_machine(cfg: Settings, device: torch.device) -> None:
     """The switches of PyTorch, and of the memory below it, that make training fast."""
     torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC
@@ -2921,12 +2907,12 @@ def describe_machine(cfg: Settings, device: torch.device) -> None:
 
 def check_gpu(cfg: Settings) -> None:
     """Warn if this machine has an NVIDIA GPU that PyTorch cannot use. Raises TrainerError if the chosen one fails."""
-    how = "README.md, 'GPU', says how to get a PyTorch that fits"
-    if cfg.DEVICE != "cpu":
+    how, device = "README.md, 'GPU', says how to get a PyTorch that fits", find_device(cfg.DEVICE)
+    if device.type != "cpu":
         try:
-            torch.ones(1, device=cfg.DEVICE).item()
+            torch.ones(1, device=device).item()
         except RuntimeError as error:  # usually this PyTorch has no code for this GPU: "no kernel image"
-            raise TrainerError(f"{cfg.DEVICE} does not work with PyTorch {torch.__version__} ({one_line(error)}).\n"
+            raise TrainerError(f"{device} does not work with PyTorch {torch.__version__} ({one_line(error)}).\n"
                                f"If it is not just full or busy: {how}; --device cpu trains without it") from None
     elif shutil.which("nvidia-smi") and torch.version.cuda is None:
         warn("this machine has an NVIDIA GPU, but the installed PyTorch is a CPU-only build and cannot use it.\n"
@@ -2993,12 +2979,12 @@ def start_processes(cfg: Settings) -> None:
     """Under torchrun, join the other processes, each with its own GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    gpu = cfg.DEVICE.startswith("cuda")
+    device = find_device(cfg.DEVICE)
+    gpu = device.type == "cuda"
     if gpu and not dist.is_nccl_available():
         raise TrainerError("several GPUs need Linux: this PyTorch has no NCCL. Start the script without torchrun")
     if gpu:
-        cfg.DEVICE = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(cfg.DEVICE)
+        torch.cuda.set_device(device)
     # Two hours, because the others wait while the first process of each machine reads all images.
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
 
@@ -3014,22 +3000,23 @@ def end_processes() -> None:
         del last, work
 
 
-def on_first(work, is_first: bool) -> list:
-    """work() in the process that is first, or first on its machine. Returns what each process has got, by rank.
+@contextlib.contextmanager
+def ending_together():
+    """A block in which one process may do what the others need: they wait for it at the end of the block.
 
-    The others wait for it. Where it fails, it raises, and they exit silently with its exit code.
+    Where it raises in one process, the others exit silently with its exit code; of several, the first one raises.
     """
-    result, code = None, 0
+    failure = None
     try:
-        result = work() if is_first else None
+        yield
     except BaseException as error:
-        code = exit_code(error)
-        raise
-    finally:
-        results = gather((result, code))
-    if failed := [code for _, code in results if code]:
-        sys.exit(failed[0])
-    return [result for result, _ in results]
+        failure = error
+    codes = gather(exit_code(failure) if failure else 0)
+    failed = next((number for number, code in enumerate(codes) if code), None)
+    if failed == rank():
+        raise failure
+    if failed is not None:
+        sys.exit(codes[failed])
 
 
 @contextlib.contextmanager
@@ -3039,16 +3026,16 @@ def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[
     Each machine reads its data once, into a cache that belongs to the first folder and is removed at the end of the
     block. Raises TrainerError.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, data = int(os.environ.get("LOCAL_RANK", 0)), None
     with contextlib.ExitStack() as stack:
-        def lock():
-            for folder in {folder.resolve() for folder in folders}:
+        with ending_together():  # before anybody touches the cache
+            for folder in {folder.resolve() for folder in folders} if rank() == 0 else ():
                 stack.enter_context(lock_folder(folder))
-
-        on_first(lock, rank() == 0)  # before anybody touches the cache
-        if local_rank == 0:
-            stack.callback(remove_cache, folders[0])
-        yield on_first(lambda: prepare_data(cfg, names, folders[0], held_out), local_rank == 0)[rank() - local_rank]
+        with ending_together():
+            if local_rank == 0:
+                stack.callback(remove_cache, folders[0])
+                data = prepare_data(cfg, names, folders[0], held_out)
+        yield gather(data)[rank() - local_rank]  # of the first process of this machine
 
 
 def lock_folder(folder: Path):

@@ -252,8 +252,7 @@ class This:
         """As Original.fit(), by Trainer.fit(), saving as a run does; or without any saving."""
         trainer, training, saving = self.trainer, [], []
         metadata = script.describe_run(self.cfg, self.device, self.splits, trainer.weights_from)
-        requested = vars(self.cfg) | {"DEVICE": None}
-        save = clock(functools.partial(script.save_run, trainer, metadata, requested), saving, self.options)
+        save = clock(functools.partial(script.save_run, trainer, metadata), saving, self.options)
         with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training, self.options)):
             trainer.fit(self.loaders, self.criterion, save if self.saving else lambda: None)
         more = {"saves": len(saving), "seconds of a save": statistics.mean(saving)} if saving else {}
@@ -514,7 +513,7 @@ def parse(argv):
     parser.add_argument("--valid", type=int, help="validation images")
     parser.add_argument("--epochs", type=int, help="at least 2: the first warms up")
     parser.add_argument("--repeats", type=int, help="each with another seed")
-    parser.add_argument("--device", default=script.DEVICE)
+    parser.add_argument("--device", default=str(script.find_device(script.DEVICE)))
     parser.add_argument("--workers", type=int, default=min(4, script.available_cores()))
     parser.add_argument("--encoder", default=script.ENCODER, help="of the version pretrained, as are the next three")
     parser.add_argument("--encoder-weights", help="imagenet, or a file; without it that version is left out")

@@ -216,27 +216,28 @@ def loaded(encoder="resnet18"):
     return values.pop() if len(values) == 1 else "random", origin
 
 
-def test_imagenet_weights_come_from_the_hub_and_then_from_its_cache(servers, capsys):
-    servers(hub=0.25, torchvision=0.5)
+def test_imagenet_weights_of_resnets_come_from_torchvision_and_then_from_its_cache(servers, capsys):
+    path = servers(hub=0.25, torchvision=0.5)
+    assert loaded() == (0.5, "imagenet (torchvision)") and path.is_file()
+    servers(hub=0.25)  # the name in the cache stays that of the weights
+    script.torchvision.models.get_model_weights(0).IMAGENET1K_V1.url = f"http://127.0.0.1:9/{path.name}"
+    assert loaded() == (0.5, "imagenet (torchvision)") and "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torchvision", [{}, {"torchvision": 0.5, "cut": 1000}], ids=["404", "cut short"])
+def test_without_torchvision_they_come_from_the_hub_and_then_from_its_cache(torchvision, servers, capsys):
+    servers(hub=0.25, **torchvision)
     assert loaded() == (0.25, "imagenet (Hugging Face hub)")
     servers(answers=False)
     assert loaded() == (0.25, "imagenet (Hugging Face hub)") and "WARNING" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hub", [{"answers": False}, {}, {"hub": 0.25, "status": 403}], ids=["silent", "404", "403"])
-def test_without_the_hub_they_come_from_torchvision_and_then_from_its_cache(hub, servers, capsys):
-    path = servers(**hub, torchvision=0.5)
-    assert loaded() == (0.5, "imagenet (torchvision)") and path.is_file()
-    servers(answers=False)  # the name in the cache stays that of the weights
-    script.torchvision.models.get_model_weights(0).IMAGENET1K_V1.url = f"http://127.0.0.1:9/{path.name}"
-    assert loaded() == (0.5, "imagenet (torchvision)") and "WARNING" not in capsys.readouterr().err
-
-
-def test_the_cache_of_torchvision_comes_before_the_hub(servers):
-    servers(torchvision=0.5, answers=False)
-    assert loaded()[0] == 0.5
-    servers(hub=0.25, torchvision=0.5)
-    assert loaded() == (0.5, "imagenet (torchvision)")
+def test_where_neither_has_them_both_reasons_are_told(hub, servers):
+    servers(**hub)
+    value, origin = loaded()
+    assert value == "random" and origin.startswith("random (torchvision: ") and "404" in origin
+    assert "; Hugging Face hub: " in origin
 
 
 @pytest.mark.parametrize("torchvision, reason", [
@@ -244,8 +245,8 @@ def test_the_cache_of_torchvision_comes_before_the_hub(servers):
 def test_weights_that_arrive_damaged_are_not_used(torchvision, reason, servers, capsys):
     path = servers(**{"torchvision": 0.5, "answers": False} | torchvision)
     value, origin = loaded()
-    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and not path.is_file()
-    assert reason in origin.partition("; torchvision: ")[2] != "" and "RANDOM weights" in capsys.readouterr().err
+    assert value == "random" and origin.startswith("random (torchvision: ") and not path.is_file()
+    assert reason in origin.partition("; Hugging Face hub: ")[0] and "RANDOM weights" in capsys.readouterr().err
 
 
 def test_a_damaged_file_in_the_cache_does_not_keep_the_hub_from_being_asked(servers):
@@ -259,7 +260,7 @@ def test_torchvision_is_asked_for_resnets_only(servers):
     """Its other files have other names for their weights."""
     servers(torchvision=0.5)
     value, origin = loaded("mobilenet_v2")
-    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and "; torchvision" not in origin
+    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and "torchvision" not in origin
 
 
 def test_a_server_that_never_answers_is_given_up(servers, monkeypatch):
@@ -291,7 +292,7 @@ def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(erro
         assert hint in err
     assert err.count("WARNING") == err.count("RANDOM weights") == 2 and "its scores are lower" in err
     origin = script.read_metadata(out / script.BEST)[0]["encoder_weights_from"]
-    assert origin.startswith("random (Hugging Face hub: ") and type(error).__name__ in origin
+    assert origin.startswith("random (torchvision: ") and type(error).__name__ in origin
 
 
 @pytest.mark.parametrize("encoder", ["mit_b0", "resnext101_32x4d"])

@@ -32,7 +32,8 @@ def tracked():
 def texts():
     """(name, content) of the text files of the project, with git or without."""
     found = [path for pattern in ("*", ".ci/*", "tests/*", "train/*.json", "valid/*.json", "test/*.json")
-             for path in sorted(ROOT.glob(pattern)) if path.is_file() and not ignored(path.relative_to(ROOT))]
+             for path in sorted(ROOT.glob(pattern))
+             if path.is_file() and path.name != ".git" and not ignored(path.relative_to(ROOT))]  # of a worktree
     return [(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) for path in found]
 
 

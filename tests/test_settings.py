@@ -99,9 +99,10 @@ def test_known_constants_keep_their_names_and_values():
 
 
 @pytest.mark.parametrize("available, device", [(True, "cuda"), (False, "cpu")])
-def test_a_gpu_that_is_there_is_the_default(available, device, tmp_path, monkeypatch):
+def test_a_gpu_that_is_there_is_the_default(available, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert edited(tmp_path).DEVICE == device
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available))
+    assert str(script.find_device(settings().DEVICE)) == device
 
 
 def test_data_and_output_lie_beside_the_script_by_default(tmp_path):
@@ -209,11 +210,7 @@ def test_what_is_like_nothing_is_not_guessed(words, tmp_path, capsys):
     ("--std 0 1 1", "STD"), ("--std 1 1 inf", "STD"), ("--device gpu", "DEVICE.*gpu.*--device cpu"),
     ("--device none", "DEVICE"), ("--data-dir /not/there", "/not/there.*DATA_DIR"), ("--data-dir none", "data folder"),
     # A large data set is read for minutes: a typing error must show before that.
-    ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth"),
-    # Names of earlier versions.
-    ("--average-epochs 2", "--average-epochs has a new name: --ema-epochs"),
-    ("--early-stopping=5", "--early-stopping has a new name: --early-stopping-patience"),
-    ("--lr-random-start 1e-3", "has a new name: --lr-from-scratch")])
+    ("--init-weights /no.pth", "/no.pth"), ("--encoder-weights /no.pth", "/no.pth")])
 def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, named, tmp_path, capsys):
     out = tmp_path / "out"
     err = refused(capsys, *FAST, "--data-dir", tmp_path, "--output-dir", out, *words.split())
@@ -224,9 +221,10 @@ def test_a_wrong_command_line_ends_with_one_sentence_before_any_work(words, name
 @pytest.mark.parametrize("count, processes, device, legal", [
     (0, 1, "cuda", False), (0, 1, "cuda:0", False), (1, 1, "cuda", True), (1, 1, "cuda:0", True),
     (1, 1, "cuda:1", False), (2, 1, "cuda:1", True), (1, 2, "cuda", False), (2, 2, "cuda", True), (0, 2, "cpu", True),
-    (1, 1, "mps", False), (1, 1, "meta", False)])
+    (0, 2, "auto", True), (1, 1, "auto", True), (1, 2, "auto", False), (1, 1, "mps", False), (1, 1, "meta", False)])
 def test_a_device_must_be_there_for_each_process(count, processes, device, legal, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     if legal:
         assert settings("--device", device).DEVICE == device

@@ -264,11 +264,11 @@ def test_after_a_bad_epoch_the_run_continues_from_the_saved_state_in_float32(is_
     assert "continuing with PRECISION = float32." in err and f"Continuing after epoch {epoch}" in out
     state = read(tmp_path / "out")
     assert differences(state | {"settings": 0}, read(tmp_path / "expected") | {"settings": 0}) == []
-    assert [state["settings"][kind]["PRECISION"] for kind in ("file", "requested", "used")] == [
-        "auto", "bfloat16", "float32"]
-    assert script.read_metadata(tmp_path / "out" / BEST)[0]["settings"]["PRECISION"] == "float32"
+    assert [state["settings"][kind]["PRECISION"] for kind in ("file", "used")] == ["auto", "float32"]
+    best = script.read_metadata(tmp_path / "out" / BEST)[0]  # perhaps of the epoch before
+    assert best["settings"]["PRECISION"] == ("bfloat16" if best["best_epoch"] <= epoch else "float32")
     # And a resumed run stays in float32, and says so.
-    assert run("out", "--epochs", 4, "--precision", "bfloat16", "--resume") == 0
+    assert script.main(["--resume", "--output-dir", str(tmp_path / "out"), "--epochs", "4"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and ", float32, PyTorch" in out and "PRECISION = 'float32' (file: 'auto')" in out
 
@@ -360,9 +360,12 @@ def test_a_run_that_has_too_little_memory_continues_with_smaller_batches(where, 
     used, wanted = (each["settings"]["used"] for each in (state, expected))
     assert [used[name] for name in ("BATCH_SIZE", "ACCUMULATION_STEPS")] == [
         wanted[name] for name in ("BATCH_SIZE", "ACCUMULATION_STEPS")]
-    # The old command goes on with the smaller batches.
-    assert run("out", "--epochs", 3, "--batch-size", 8, "--resume") == 0
-    assert "WARNING" not in capsys.readouterr().err
+    resume = ["--resume", "--output-dir", str(tmp_path / "out"), "--epochs"]
+    assert script.main([*resume, "3"]) == 0 and "WARNING" not in capsys.readouterr().err
+    # The old command goes back to its batches, and finds out again.
+    assert script.main([*resume, "4", "--batch-size", "8"]) == 0
+    assert capsys.readouterr().err.count("WARNING") == warnings
+    assert read(tmp_path / "out")["settings"]["used"] | {"EPOCHS": 2} == used
 
 
 def test_workers_of_a_failed_try_have_ended_before_the_next_one(run, monkeypatch, capfd):
