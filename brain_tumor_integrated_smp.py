@@ -49,12 +49,14 @@ import traceback
 import unicodedata
 import urllib.parse
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace as Settings  # the constants below as attributes of one object, called cfg
+from typing import BinaryIO
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import looks for a newer version on the network
 
@@ -71,6 +73,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from tqdm import tqdm
 
 # ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
@@ -81,7 +84,8 @@ OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tab
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
 PATIENT_PATTERN = None  # regular expression, brackets around the patient in a file name: r"(P\d+)" for P001_s03.png
-VALID_SHARE = 0.2  # of train, held out for validation if there is no valid folder: whole patients, or similar images
+VALID_SHARE = 0.2  # of train, up to 0.5, held out for validation if there is no valid folder: whole patients, or, if
+#                    they are not known, neighbours by file name
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
@@ -131,75 +135,95 @@ CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1
 
 # ===== Images and masks ===============================================================================================
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+# Pillow's readers by the first bytes of a file. Image.open() would warn of large images, and try other formats.
+READERS = {b"\xff\xd8\xff": JpegImagePlugin.jpeg_factory, b"\x89PNG": PngImagePlugin.PngImageFile,
+           b"BM": BmpImagePlugin.BmpImageFile, b"RIFF": WebPImagePlugin.WebPImageFile,
+           b"II": TiffImagePlugin.TiffImageFile, b"MM": TiffImagePlugin.TiffImageFile}
+ORIENTATION, PHOTOMETRIC = 274, 262  # tags of EXIF and TIFF
+MOST_PIXELS = 89e6  # of an image; from there on Pillow suspects an attack
 
-def read_image(path: str | Path, height: int | None = None, width: int | None = None,
-               percentiles: tuple = GREY_PERCENTILES) -> np.ndarray:
-    """Read any common image file as RGB uint8 [H, W, 3], values 0..255.
 
-    Grey and palette images become RGB, transparency is dropped. Other numbers than uint8 (16 bit, float, ...) are
-    scaled linearly so that these percentiles of the image become 0 and 255, and clipped: hot pixels change nothing.
-    An EXIF orientation is applied, unless only the stored picture has the given height and width (pixels): then the
-    annotation tool did not apply it either. Raises TrainerError ("PATH: what is wrong") for a file that cannot be used.
+def open_image(source: str | Path | bytes | BinaryIO, upright: bool = False) -> Image.Image:
+    """Read an image file (a path, its content, or an open binary file), turned as its EXIF orientation says.
+
+    upright: refuse a file that has to be turned. Raises TrainerError ("PATH: what is wrong") for a file that is missing
+    or damaged, or that Pillow would not read as it is.
     """
+    name = source if isinstance(source, (str, Path)) else "image"
     try:
-        data = np.fromfile(path, np.uint8)  # cv2.imread returns None for non-ASCII paths on Windows
+        data = Path(source).read_bytes() if name is source else source if isinstance(source, bytes) else source.read()
     except FileNotFoundError:
-        raise TrainerError(f"{path}: the file is missing") from None
+        raise TrainerError(f"{name}: the file is missing") from None
     except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
-        raise TrainerError(f"{path}: {error}") from None
-    is_tiff = data[:2].tobytes() in (b"II", b"MM")
-    pages, inverted = tiff_pages(data.tobytes()) if is_tiff else (1, False)
-    if pages > 1:
-        raise TrainerError(f"{path}: has more than one page; save each page as a file of its own")
-    flags, image = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH, None
-    with contextlib.suppress(cv2.error):  # most damaged files give None, some this error
-        image = cv2.imdecode(data, flags) if data.size else None
-        if image is not None and height and image.shape[:2] != (height, width):
-            stored = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION)
-            image = stored if stored.shape[:2] == (height, width) else image
-        if image is None and is_tiff:  # 32 and 64 bit, which OpenCV reads as grey only
-            grey = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH)
-            image = None if grey is None else np.dstack([grey] * 3)
-    # OpenCV 4 fills up a JPEG that is cut short with grey: an end mark has to follow the last scan.
-    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes().rpartition(b"\xff\xda")[2]:
-        image = None
-    if image is None:
-        raise TrainerError(f"{path}: {'not an image, or cut short' if data.size else 'the file is empty'}")
-    if image.dtype != np.uint8:
-        if not np.isfinite(image).all():
-            raise TrainerError(f"{path}: has pixels that are not finite")
-        low, high = np.percentile(image, percentiles)
-        if low == high:  # nearly all pixels are equal
-            low, high = float(image.min()), float(image.max())
-        scaled = (image.astype(np.float64) - low) * (255 / max(high - low, 1e-300))
-        image = np.clip(np.rint(255 - scaled if inverted else scaled), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(image[..., ::-1])
-
-
-def tiff_pages(data: bytes) -> tuple[int, bool]:
-    """(number of pages, whether 0 is white on the first one) of a TIFF file; OpenCV inverts only 8-bit images."""
-    order, pages, inverted = "little" if data[:2] == b"II" else "big", 0, False
-    place = int.from_bytes(data[4:8], order)
-    while 0 < place < len(data) and data[2:4] in (b"*\0", b"\0*") and pages < 9:
-        entries = int.from_bytes(data[place:place + 2], order)
-        for start in range(place + 2, place + 2 + 12 * entries, 12):
-            if pages == 0 and int.from_bytes(data[start:start + 2], order) == 262:  # PhotometricInterpretation
-                inverted = int.from_bytes(data[start + 8:start + 10], order) == 0  # WhiteIsZero
-        place, pages = int.from_bytes(data[place + 2 + 12 * entries:place + 6 + 12 * entries], order), pages + 1
-    return max(1, pages), inverted
-
-
-def orientations(path: str) -> list[np.ndarray]:
-    """The two pictures of a file with an EXIF orientation: as shown, and as stored. Empty for any other file."""
+        raise TrainerError(f"{name}: {error}") from None
+    reader = next((reader for start, reader in READERS.items() if data.startswith(start)), None)
+    if reader is None:
+        raise TrainerError(f"{name}: {'not an image' if data else 'the file is empty'}")
     try:
-        data = np.fromfile(path, np.uint8)
-        if b"exif" not in data[:65536].tobytes().lower():  # few files have one: decode only those
-            return []
-        shown = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
-        stored = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-    except (OSError, ValueError, cv2.error):
-        return []
-    return [shown, stored] if shown is not None and not np.array_equal(shown, stored) else []
+        image = reader(io.BytesIO(data))
+        if problem := unreadable(image, upright):
+            raise TrainerError(f"{name}: {problem}")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    except (TrainerError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise almost anything
+        cause = ("has numbers that cannot be read, such as 64-bit floats; save it as 16-bit grey"
+                 if "unknown pixel mode" in str(error) else "damaged, or cut short")
+        raise TrainerError(f"{name}: {cause}") from None
+    return image
+
+
+def unreadable(image: Image.Image, upright: bool) -> str:
+    """Why an image must not be read, or "". Before load(), which forgets what the file holds and turns TIFFs."""
+    raw_modes = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in image.tile]
+    if image.width * image.height > MOST_PIXELS:
+        return f"has {image.width}x{image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million"
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones add a second picture to a JPEG
+        return "has more than one page; save each page as a file of its own"
+    if image.format in ("PNG", "TIFF") and image.mode[0] not in "IF" and any(";16" in mode for mode in raw_modes):
+        return "has 16-bit colours, or 16-bit grey with transparency; save it as 16-bit grey or as 8 bit"
+    if upright and image.getexif().get(ORIENTATION, 1) != 1:
+        return "has an EXIF orientation: its outlines may belong to the turned or the stored picture; save it upright"
+    return ""
+
+
+def deep_pixels(image: Image.Image) -> np.ndarray | None:
+    """The numbers of a grey image of more than 8 bit: uint16, int32 or float32 [H, W]; None for any other image."""
+    if image.mode[0] not in "IF":
+        return None
+    pixels = np.asarray(image)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # which Pillow ignores in these images
+    return pixels if not white_is_zero else ~pixels if pixels.dtype.kind != "f" else -pixels
+
+
+def read_image(source: str | Path | bytes | BinaryIO, percentiles: tuple = GREY_PERCENTILES, *,
+               upright: bool = False) -> np.ndarray:
+    """Read a common image file as RGB uint8 [H, W, 3], values 0..255.
+
+    source, upright and errors: see open_image(). Grey and palette images become RGB, transparency is dropped. Grey
+    images of more than 8 bit are scaled linearly so that these percentiles of the image become 0 and 255, and clipped:
+    hot pixels change nothing.
+    """
+    image = open_image(source, upright)
+    grey = deep_pixels(image)
+    if grey is None:
+        return np.array(image.convert("RGB"))
+    if not np.isfinite(grey).all():
+        raise TrainerError(f"{source if isinstance(source, (str, Path)) else 'image'}: has pixels that are not finite")
+    low, high = np.percentile(grey, percentiles)
+    if low == high:  # nearly all pixels are equal
+        low, high = float(grey.min()), float(grey.max())
+
+    def scale(values):
+        scaled = (values.astype(np.float64) - low) * (255 / max(high - low, 1e-300))
+        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+    # A table for 16 bit: the same levels in less memory.
+    levels = scale(np.arange(2**16))[grey] if grey.dtype == np.uint16 else scale(grey)
+    return np.repeat(levels[..., None], 3, axis=2)
 
 
 def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -213,6 +237,11 @@ def resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize a uint8 0/1 mask [H, W]: a pixel counts if at least half of it is tumour. Centred, unlike NEAREST."""
     return (resize(255 * mask, height, width) >= 128).astype(np.uint8)  # in bytes: a float mask is four times as large
+
+
+def notes() -> dict[str, list[str]]:
+    """An empty record of what checks find: by kind, a detail for each time."""
+    return defaultdict(list)
 
 
 @dataclass
@@ -230,14 +259,16 @@ class ImageEntry:
     tumours: int = 0  # annotations that cover at least one pixel
     boxes: int = 0  # those of them that are upright boxes
     patient: str = ""  # see PATIENT_PATTERN
-    remarks: list[tuple[str, str]] = field(default_factory=list)  # what to look at: (kind, which annotation)
+    problems: dict[str, list[str]] = field(default_factory=notes)  # why it cannot be used
+    remarks: dict[str, list[str]] = field(default_factory=notes)  # what to look at
     # Set by scan():
     cache_slot: int = -1  # its place in the cache
-    error: str = ""  # why it cannot be used
+    file_size: tuple = ()  # (height, width) of the file, pixels
     digest: str = ""  # of its pixels
     mask_digest: str = ""
     tumour_fraction: float = 0.0  # of the image
     thumbnail: np.ndarray | None = None  # float32 [1024]: grey 32x32, mean 0, length 1
+    near_duplicate: str = ""  # the file name of the image in train that looks the same, see find_near_duplicates()
 
     @property
     def annotated(self) -> bool:
@@ -251,22 +282,137 @@ class ImageEntry:
         return np.ascontiguousarray(coco_mask.decode(self.rle))
 
 
+@dataclass
+class Split:
+    """A split as its JSON or its files describe it, and what prepare_data() adds."""
+
+    folder: Path
+    entries: list[ImageEntry]
+    categories: dict[str, bool]  # by name: whether its annotations count as tumour, see CATEGORIES
+    unlisted: int = 0  # image files that the JSON does not list
+    is_sample: bool = False  # the phantoms of this project
+    problems: dict[str, list[str]] = field(default_factory=notes)  # that leaving out images would not help
+    remarks: dict[str, list[str]] = field(default_factory=notes)  # about no single image
+    held_out: bool = False  # a part of train, see VALID_SHARE
+    skipped: list[ImageEntry] = field(default_factory=list)  # images that cannot be used
+
+    @property
+    def near_duplicates(self) -> int:
+        """How many images look like one in train."""
+        return sum(bool(entry.near_duplicate) for entry in self.entries)
+
+    def note(self, found: list[tuple[ImageEntry, str]], kind: str, of: int, where: str, causes: str = "") -> None:
+        """Note findings (image, detail) in their images' problems or remarks (where), or, if they are systematic, as a
+        problem of the split: three or more, and 5 % of the images or outlines that could have it.
+        """
+        if len(found) >= max(3, 0.05 * of):
+            examples = [f"{entry.file_name}, {detail}" for entry, detail in found[:2]]
+            self.problems[f"{kind}, {len(found)} of {of} in {self.folder.name}{causes}"].append("; ".join(examples) + ", ...")
+        else:
+            for entry, detail in found:
+                getattr(entry, where)[kind].append(detail)
+
+
 def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERCENTILES) -> tuple[np.ndarray, ...]:
     """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
 
     Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
     """
-    image, mask = read_image(entry.path, entry.height, entry.width, percentiles), entry.mask()
+    image = read_image(entry.path, percentiles, upright=True)
+    if not entry.height:  # neither a JSON nor a mask file says
+        entry.height, entry.width = image.shape[:2]
+    mask = entry.mask()
     if entry.mask_path and image.shape[:2] != mask.shape:
         sizes = "x".join(map(str, mask.shape[::-1])), "x".join(map(str, image.shape[1::-1]))
         raise TrainerError(f"{entry.path}: its mask has another size, {sizes[0]} pixels instead of {sizes[1]}")
     return resize(image, img_size, img_size), resize_mask(mask, img_size, img_size), image
 
 
-# ===== Annotations ====================================================================================================
+# ===== Splits: their files, and what is wrong with them ===============================================================
+
+
+def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_images: bool = False) -> dict[str, Split]:
+    """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
+
+    What the levels of mask files mean is decided once for all splits. categories: see read_coco(); mask files have
+    none. Raises TrainerError with all problems that can be found without decoding an image.
+    """
+    splits = {}
+    for name, folder in folders.items():
+        pairs = None if (folder / ANNOTATION_FILE).is_file() else find_pairs(folder)
+        splits[name] = pairs or read_coco(folder, categories)
+    refuse_problems(splits.values(), skip_bad_images)
+    draw_mask_files(splits.values())
+    return splits
+
+
+def image_problems(splits: Iterable[Split]) -> dict[str, list[str]]:
+    """The problems of all images of splits by kind: which images, and details."""
+    found = notes()
+    for split in splits:
+        for entry in split.entries + split.skipped:
+            for kind, details in entry.problems.items():
+                found[kind] += [", ".join(filter(None, [entry.path, detail])) for detail in details]
+    return found
+
+
+def refuse_problems(splits: Iterable[Split], skip_bad_images: bool) -> None:
+    """Raise TrainerError for all problems of splits; skip_bad_images: except for those of single images."""
+    found, of_images = notes(), image_problems(splits)
+    for split in splits:
+        for kind, details in split.problems.items():
+            found[kind] += [os.path.join(split.folder, detail) for detail in details]
+    if not found and (skip_bad_images or not of_images):
+        return
+    advice = "Correct the data, or export them again."
+    if not found:
+        bad = sum(bool(entry.problems) for split in splits for entry in split.entries + split.skipped)
+        advice = (f"{plural(bad, 'image')} cannot be used: repair or remove them, or set SKIP_BAD_IMAGES = True "
+                  "(--skip-bad-images) to leave them out.")
+    found |= of_images
+    raise TrainerError(f"the data cannot be used, {plural(sum(map(len, found.values())), 'problem')}:"
+                       f"{bullet_list(grouped(found), 40)}\n{advice}")
+
+
+def grouped(found: dict[str, list[str]], examples: int = 2) -> list[str]:
+    """Findings by kind as one sentence for each kind: how many there are, and the first examples."""
+    return [kind + f" ({len(details)} times)" * (len(details) > 1)
+            + f": {'; '.join(details[:examples])}" * bool(details[0]) + ", ..." * (len(details) > examples)
+            for kind, details in found.items() if details]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Paths of all files below a folder, relative to it and sorted; without hidden ones, as Jupyter and macOS leave
+    them. Links to folders are followed, each folder once.
+    """
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__MACOSX"))]
+        files += [Path(parent, name).relative_to(folder) for name in names if not name.startswith((".", "__MACOSX"))]
+    return sorted(files)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """list_files() with the suffix of an image."""
+    return [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
+
+
+def is_mask_file(path: Path) -> bool:
+    """Whether an image file is a mask, by its relative path: NAME_mask, NAME_mask_2, or anything below masks/."""
+    return bool(MASK_END.search(path.stem)) or "masks" in map(str.lower, path.parts[:-1])
+
+
+# ===== COCO annotations ===============================================================================================
 
 ANNOTATION_FILE = "_annotations.coco.json"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 10_000  # pixels; a larger size in a JSON is a mistake that would only exhaust the memory
 BLANK = " \t\r\n\u00a0\u200b\u3000\ufeff"  # blanks, visible or not, at the ends of a category's name
 FEW_PIXELS = 25  # a mask with fewer gets a remark: annotation tools leave such specks behind
@@ -274,38 +420,167 @@ FEW_PIXELS = 25  # a mask with fewer gets a remark: annotation tools leave such 
 SAMPLE_MARK = "sample data of brain_tumor_integrated_smp.py"
 
 
-@dataclass
-class Split:
-    """A split as its JSON or its files describe it, and what prepare_data() adds."""
+def load_coco(json_path: Path) -> dict:
+    """Parse a COCO file. Raises TrainerError unless it has lists of images (not empty), annotations and categories."""
+    folder = json_path.parent
+    if not json_path.is_file():
+        missing = f"file not found: {json_path}" if folder.is_dir() else f"folder not found: {folder}"
+        raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and, if you have "
+                           f"them, valid/ and test/, each with its images and one {ANNOTATION_FILE}, as a 'COCO "
+                           "Segmentation' export, or with a mask file for each image: NAME_mask.png beside it, or the "
+                           "same name in masks/")
+    try:
+        coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TrainerError(f"{json_path} is not valid JSON in UTF-8 ({error}); export or copy it again") from None
+    for key in ("images", "annotations", "categories"):
+        values = coco.get(key) if isinstance(coco, dict) else None
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the "
+                               "format 'COCO Segmentation'")
+    if not coco["images"]:
+        raise TrainerError(f"{json_path} lists no images; export the data again, or take the folder out")
+    return coco
 
-    entries: list[ImageEntry]
-    categories: dict[str, bool]  # by name: whether its annotations count as tumour, see CATEGORIES
-    unlisted: int = 0  # image files that the JSON does not list
-    is_sample: bool = False  # the phantoms of this project
-    remarks: list[tuple[str, str]] = field(default_factory=list)  # about the split: (kind, example)
-    held_out: bool = False  # a part of train, see VALID_SHARE
-    skipped: int = 0  # images that cannot be used
-    near_duplicates: int = 0  # images that look like one in train
 
+def read_coco(folder: str | Path, categories: tuple = ()) -> Split:
+    """Read the `_annotations.coco.json` of a split, and note what is wrong with it; all that needs no pixels.
 
-def run_lengths(counts: str) -> list[int]:
-    """Run lengths from the text of a compressed COCO RLE: 5 bits a letter, from the fourth run on as differences.
-
-    pycocotools decodes a text that is cut short, or too long, without an error: only the sum of the runs tells.
+    categories: names of the categories that count as tumour; empty: all.
+    Raises TrainerError when there is no such file, or CATEGORIES does not fit it.
     """
-    runs, value, shift = [], 0, 0
-    for letter in counts:
-        code = ord(letter) - 48
-        if not 0 <= code < 64 or shift > 60:
-            raise ValueError("its RLE has letters that do not belong there")
-        value, shift = value | (code & 31) << shift, shift + 5
-        if code < 32:  # the last letter of a number, with its sign in bit 4
-            value -= (code & 16) << shift - 4
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    if shift:
-        raise ValueError("its RLE is cut short")
-    return runs
+    json_path = Path(folder) / ANNOTATION_FILE
+    coco = load_coco(json_path)
+    names = {id_text(category.get("id")): str(category.get("name")) for category in coco["categories"]}
+    chosen = {name.strip(BLANK) for name in categories}
+    if unknown := sorted(chosen - {name.strip(BLANK) for name in names.values()}):
+        raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
+                           f"{', '.join(sorted(set(names.values())))}.{did_you_mean(unknown[0], names.values())}")
+    split = Split(Path(folder), [], {name: not chosen or name.strip(BLANK) in chosen for name in names.values()},
+                  is_sample=SAMPLE_MARK in str(coco.get("info")))
+    by_id = read_images(split, coco["images"])
+    find_files(split)
+    read_annotations(split, coco, names, by_id, strict=bool(chosen))
+    return split
+
+
+def id_text(value) -> str:
+    """An id of a COCO file as text: 1, 1.0 and "1" are the same."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def read_images(split: Split, images: list[dict]) -> dict[str, ImageEntry]:
+    """Fill the entries of a split from the list of images in its COCO file. Returns them by image id."""
+    by_id, sizeless = {}, []
+    for number, image in enumerate(images):
+        key, name, size = id_text(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
+        inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
+        if image.get("id") is None or not isinstance(name, str) or not name:
+            split.problems["image without id or file_name"].append(f"{ANNOTATION_FILE}, image entry {number}")
+        elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
+            split.problems["file name that points outside its folder"].append(
+                f"{ANNOTATION_FILE}, image id {key}, {name!r}")
+        elif key in by_id:
+            split.problems["image id that is used twice"].append(
+                f"{ANNOTATION_FILE}, image id {key}, {by_id[key].file_name} and {name}")
+        else:
+            entry = by_id[key] = ImageEntry(number, os.path.join(split.folder, inside), name, 0, 0)
+            if all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
+                entry.height, entry.width = map(int, size)
+            else:
+                sizeless.append((entry, f"height {size[0]!r} and width {size[1]!r}"))
+    split.entries = list(by_id.values())
+    split.note(sizeless, f"height and width must be whole numbers from 1 to {LARGEST_SIDE} (pixels)", len(images),
+               "problems")
+    return by_id
+
+
+def find_files(split: Split) -> None:
+    """Give entries whose file is missing the one file that can only be meant: in another folder, or written otherwise.
+
+    Masks and overlays have the names of their images, and what another entry names is taken: neither is meant.
+    """
+    files, named = list_images(split.folder), {os.path.normcase(entry.path) for entry in split.entries}
+    free = [path for path in files if os.path.normcase(split.folder / path) not in named]
+    by_name, missing = defaultdict(list), 0
+    for path in free:
+        if is_mask_file(path):
+            split.remarks["mask file that is not used, because there is a COCO file"].append(str(path))
+        if not {"masks", "overlays"} & {*map(str.lower, path.parts[:-1])}:
+            by_name[plain_path(path.name)].append(path)
+    for entry in split.entries:
+        if os.path.exists(entry.path):
+            continue
+        name = "/" + plain_path(entry.file_name)
+        meant = by_name[name.rpartition("/")[2]]
+        if len(meant) > 1:  # the one in the same folder
+            meant = [path for path in meant if ("/" + plain_path(path)).endswith(name)
+                     or name.endswith("/" + plain_path(path))]
+        if len(meant) == 1:
+            entry.path = str(split.folder / meant[0])
+            if meant[0].name != re.split(r"[/\\]", entry.file_name)[-1]:
+                entry.remarks["file name that the JSON writes otherwise"].append(f"{meant[0]} on the disk")
+        else:
+            entry.problems["the file is missing"].append("")
+            missing += 1
+    if missing == len(split.entries) > 1:
+        split.problems[f"all {missing} image files are missing; they belong beside {ANNOTATION_FILE}"].append("")
+    uses = Counter(os.path.normcase(entry.path) for entry in split.entries)
+    for entry in split.entries:
+        if uses[os.path.normcase(entry.path)] > 1:
+            entry.problems["file that is listed as two images"].append("")
+    split.unlisted = len({os.path.normcase(split.folder / path) for path in files} - uses.keys())
+
+
+def plain_path(name: str | Path) -> str:
+    """A path as lower-case text, without %-encoding, in one Unicode form: tools and systems write names differently."""
+    return unicodedata.normalize("NFC", urllib.parse.unquote(str(name))).casefold().replace("\\", "/")
+
+
+def read_annotations(split: Split, coco: dict, names: dict[str, str], by_id: dict[str, ImageEntry],
+                     strict: bool) -> None:
+    """Count the annotations of each entry by category, and draw those that count as tumour into its mask.
+
+    names: of the categories, by id; unknown ones are added to those of the split. strict: they are a problem.
+    """
+    listed_ids = {id_text(image.get("id")) for image in coco["images"]}
+    drawn, undrawable = [], defaultdict(list)
+    for annotation in coco["annotations"]:
+        label, image_id = f"annotation id {annotation.get('id')}", id_text(annotation.get("image_id"))
+        category_id = id_text(annotation.get("category_id"))
+        if image_id not in listed_ids:
+            split.problems["annotation of an image id that the file does not list"].append(
+                f"{ANNOTATION_FILE}, {label}, image id {annotation.get('image_id')}")
+        if strict and category_id not in names:
+            split.problems["annotation with a category id that the file does not list"].append(
+                f"{ANNOTATION_FILE}, {label}, category id {annotation.get('category_id')}")
+        if (entry := by_id.get(image_id)) is None:
+            continue
+        category = names.get(category_id, f"unknown id {category_id}")
+        entry.annotations[category] += 1
+        if not split.categories.setdefault(category, not strict) or not entry.height:
+            continue
+        try:
+            outline = parse_segmentation(annotation.get("segmentation"))
+            rle, remarks = rasterize(outline, entry.height, entry.width)
+        except (ValueError, TypeError, OverflowError) as error:
+            kind, *details = map(str, error.args)
+            undrawable[kind].append((entry, ", ".join([label, *details])))
+            continue
+        for remark in remarks:
+            entry.remarks[remark].append(label)
+        drawn.append((entry, label, outline_corners(outline, rle), box_corners(annotation.get("bbox"))))
+        pixels = int(coco_mask.area(rle)) if rle is not None else 0
+        if rle is not None and pixels < FEW_PIXELS:
+            entry.remarks[f"mask with fewer than {FEW_PIXELS} pixels"].append(f"{label}, {pixels} pixels")
+        if pixels:
+            entry.tumours += 1
+            entry.boxes += pixels == round(float(np.prod(coco_mask.toBbox(rle)[2:])))
+            entry.rle = coco_mask.merge([entry.rle, rle]) if entry.rle else rle
+    for kind, found in undrawable.items():
+        split.note(found, kind, len(drawn) + sum(map(len, undrawable.values())), "problems")
+    if drawn:
+        check_outlines(split, *zip(*drawn))
 
 
 def parse_segmentation(segmentation) -> list[np.ndarray] | dict:
@@ -351,183 +626,29 @@ def rasterize(outline: list[np.ndarray] | dict, height: int, width: int) -> tupl
         if outline.get("size") != [height, width]:
             raise ValueError("its RLE has another size than its image",
                              f"size {outline.get('size')}, image {[height, width]}")
-        runs = run_lengths(counts) if isinstance(counts, str) else counts
-        if not isinstance(runs, list) or any(type(n) is not int or n < 0 for n in runs) or sum(runs) != height * width:
-            raise ValueError("the counts of its RLE do not add up to height times width")
-        # Decoded and encoded again: pycocotools merges RLEs with empty runs, which are correct, to garbage.
-        mask = np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(width, height).T
-        return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
+        if isinstance(counts, str):
+            # pycocotools reads beyond a text whose last letter does not end a number. What it makes of a text that is
+            # too short or too long is not what the text says: encoded again, it differs.
+            if re.fullmatch("([P-o]{0,5}[0-O])+", counts):
+                rle = {"size": [height, width], "counts": counts.encode()}
+                if coco_mask.encode(np.asfortranarray(coco_mask.decode(rle))) == rle:
+                    return rle, []
+        elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts) and (
+                sum(counts) == height * width):
+            mask = np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(width, height).T
+            return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
+        raise ValueError("the counts of its RLE do not describe height times width pixels")
     polygons, remarks = [], []
     for xy in outline:
         if len(xy) < 3:
             remarks.append("polygon with fewer than three points (ignored)")
             continue
-        if cv2.contourArea((xy - xy[0]).astype(np.float32)) == 0:
-            remarks.append("polygon without area")
         if (xy < -0.5).any() or (xy > (width + 0.5, height + 0.5)).any():
             remarks.append("polygon outside the image (clipped)")
         # pycocotools clips by itself, but its memory grows with the distance: keep that bounded.
         far = 4 * max(height, width)
         polygons.append(np.clip(xy, -far, 2 * far).ravel().tolist())
     return (coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None), remarks
-
-
-def check_outlines(labels: list[str], outlines: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> tuple[list, list]:
-    """Ask whether the outlines of a split, their bounding boxes and their images agree.
-
-    outlines and boxes: float64 [N, 4] (left, top, right, bottom) in pixels, NaN where there is none; sizes: float64
-    [N, 2] (width, height). Returns (problems that make a split unusable, remarks), both as (kind, example).
-    """
-    known, limits = ~np.isnan(outlines[:, 0]), np.tile(sizes, 2)
-    beyond = np.maximum(-outlines, outlines - limits) > np.maximum(2, 0.05 * limits)
-    # In two public data sets edges differ by 0.5 px at most; swapped, mirrored or scaled coordinates by more than this.
-    drawn, boxed = np.clip(outlines, 0, limits), np.clip(boxes, 0, limits)
-    differs = np.abs(drawn - boxed) > np.maximum(2, 0.05 * np.tile(boxed[:, 2:] - boxed[:, :2], 2))
-    problems, remarks = [], []
-    if known.any() and outlines[known].max() <= 1:
-        problems.append(("all coordinates are at most 1: they are fractions of the image, not pixels", ""))
-    elif known.sum() >= 3 and outlines[known].max() <= 100 and sizes[known].min() > 150:
-        problems.append(("all coordinates are at most 100 in larger images: they are percent, not pixels", ""))
-    for wrong, compared, kind, causes in (
-            (beyond, known, "far outside its image", "the images were resized, but not the outlines; x and y, or width "
-             "and height, are swapped"),
-            (differs, known & ~np.isnan(boxes[:, 0]), "that contradicts its bounding box", "x and y are swapped; the "
-             "images were resized, but not the outlines; percent instead of pixels; triples instead of pairs. If the "
-             "boxes are wrong and the outlines right, remove \"bbox\" from the annotations")):
-        found = np.flatnonzero(wrong.any(axis=1))
-        places = [("x {:.0f} to {:.0f}, y {:.0f} to {:.0f}".format(*corners[i, [0, 2, 1, 3]]).replace("nan", "?")
-                   for corners in (outlines, boxes)) for i in found]
-        examples = [f"{labels[i]}, {outline}; its box {box}" for i, (outline, box) in zip(found, places)]
-        if len(found) >= max(3, 0.05 * compared.sum()):
-            kind = f"outline {kind}, {len(found)} of {compared.sum()}. Likely causes: {causes}"
-            problems.append((kind, examples[0]))
-        else:
-            remarks += [(f"outline {kind}", example) for example in examples]
-    return problems, remarks
-
-
-def load_coco(json_path: Path) -> dict:
-    """Parse a COCO file. Raises TrainerError unless it has lists of images (not empty), annotations and categories."""
-    folder = json_path.parent
-    if not json_path.is_file():
-        missing = f"file not found: {json_path}" if folder.is_dir() else f"folder not found: {folder}"
-        raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and, if you have "
-                           f"them, valid/ and test/, each with its images and one {ANNOTATION_FILE}, as a 'COCO "
-                           "Segmentation' export, or with a mask file for each image: NAME_mask.png beside it, or the "
-                           "same name in masks/")
-    try:
-        coco = json.loads(json_path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainerError(f"{json_path} is not valid JSON in UTF-8 ({error}); export or copy it again") from None
-    for key in ("images", "annotations", "categories"):
-        values = coco.get(key) if isinstance(coco, dict) else None
-        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            raise TrainerError(f"{json_path} is not a COCO file: it has no list of '{key}'; export the data in the "
-                               "format 'COCO Segmentation'")
-    if not coco["images"]:
-        raise TrainerError(f"{json_path} lists no images; export the data again, or take the folder out")
-    return coco
-
-
-def read_coco(split_dir: str | Path, categories: tuple = ()) -> Split:
-    """Read the `_annotations.coco.json` of a split, with all checks that need no pixels.
-
-    categories: names of the categories that count as tumour; empty: all.
-    Raises TrainerError, naming all offenders, when the folder or the JSON cannot be used.
-    """
-    split_dir, json_path = Path(split_dir), Path(split_dir) / ANNOTATION_FILE
-    coco = load_coco(json_path)
-    names = {id_text(category.get("id")): str(category.get("name")) for category in coco["categories"]}
-    chosen = {name.strip(BLANK) for name in categories}
-    if unknown := sorted(chosen - {name.strip(BLANK) for name in names.values()}):
-        raise TrainerError(f"CATEGORIES names {', '.join(unknown)}, but {json_path} has only: "
-                           f"{', '.join(sorted(set(names.values())))}.{did_you_mean(unknown[0], names.values())}")
-    entries, unlisted, problems, remarks = read_image_entries(coco["images"], split_dir)
-    counts = {name: not chosen or name.strip(BLANK) in chosen for name in names.values()}
-    more = read_annotations(coco, names, counts, bool(chosen), entries)
-    problems, remarks = problems + more[0], remarks + more[1]
-    if problems:
-        raise TrainerError(f"{json_path} cannot be used, {plural(len(problems), 'problem')}:"
-                           f"{bullet_list(grouped(problems))}\nCorrect the file, or export it again.")
-    return Split(list(entries.values()), counts, unlisted, SAMPLE_MARK in str(coco.get("info")), remarks)
-
-
-def id_text(value) -> str:
-    """An id of a COCO file as text: 1, 1.0 and "1" are the same."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def grouped(findings: list[tuple[str, str]], examples: int = 2) -> list[str]:
-    """(kind, example) findings as one sentence for each kind: how many there are, and the first examples."""
-    kinds = {}
-    for kind, example in findings:
-        kinds.setdefault(kind, []).append(example)
-    return [kind + f" ({len(found)} times)" * (len(found) > 1) + f": {'; '.join(found[:examples])}" * bool(found[0])
-            + ", ..." * (len(found) > examples) for kind, found in kinds.items()]
-
-
-def read_annotations(coco: dict, names: dict[str, str], counts: dict[str, bool], strict: bool,
-                     entries: dict[str, ImageEntry]) -> tuple[list, list]:
-    """Count the annotations of each entry by category, and draw those that count as tumour into its mask.
-
-    names: of the categories, by id. counts: by name, whether a category counts; unknown ones are added. strict: whether
-    an unknown one is a problem. Returns (problems, remarks), both as (kind, example).
-    """
-    problems, outlines = [], []
-    listed_ids = {id_text(image.get("id")) for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        number, image_id = annotation.get("id"), id_text(annotation.get("image_id"))
-        category_id = id_text(annotation.get("category_id"))
-        if image_id not in listed_ids:
-            problems.append(("annotation of an image id that the file does not list",
-                             f"annotation id {number}, image id {annotation.get('image_id')}"))
-        if strict and category_id not in names:
-            problems.append(("annotation with a category id that the file does not list",
-                             f"annotation id {number}, category id {annotation.get('category_id')}"))
-        if (entry := entries.get(image_id)) is None:
-            continue
-        category = names.get(category_id, f"unknown id {category_id}")
-        entry.annotations[category] += 1
-        if not counts.setdefault(category, not strict):
-            continue
-        label = f"{entry.file_name}, annotation id {number}"
-        try:
-            outlines.append((label, entry, annotation.get("bbox"), parse_segmentation(annotation.get("segmentation"))))
-        except ValueError as error:
-            problems.append((str(error), label))
-    turn_entries(outlines)
-    more, remarks = draw_masks(outlines)
-    return more + problems, remarks
-
-
-def draw_masks(outlines: list[tuple]) -> tuple[list, list]:
-    """Rasterise outlines (label, entry, bbox, of parse_segmentation()) into their entries, and check them.
-
-    Returns (problems, remarks), both as (kind, example).
-    """
-    problems, remarks, rles = [], [], {}
-    corners = np.full((2, len(outlines), 4), np.nan)
-    for index, (label, entry, bbox, outline) in enumerate(outlines):
-        try:
-            rle, found = rasterize(outline, entry.height, entry.width)
-        except (ValueError, TypeError, OverflowError) as error:
-            kind, *details = map(str, error.args)
-            problems.append((kind, ", ".join([label, *details])))
-            continue
-        pixels = int(coco_mask.area(rle)) if rle is not None else 0
-        if rle is not None and pixels < FEW_PIXELS:
-            remarks.append((f"mask with fewer than {FEW_PIXELS} pixels", f"{label}, {pixels} pixels"))
-        remarks += [(remark, label) for remark in found]
-        corners[:, index] = outline_corners(outline, rle), box_corners(bbox)
-        if pixels:
-            entry.tumours += 1
-            entry.boxes += pixels == round(float(np.prod(coco_mask.toBbox(rle)[2:])))
-            rles.setdefault(id(entry), (entry, []))[1].append(rle)
-    for entry, parts in rles.values():
-        entry.rle = coco_mask.merge(parts)
-    sizes = np.array([(entry.width, entry.height) for _, entry, _, _ in outlines], np.float64).reshape(-1, 2)
-    wrong, odd = check_outlines([label for label, *_ in outlines], *corners, sizes)
-    return wrong + problems, odd + remarks
 
 
 def outline_corners(outline: list[np.ndarray] | dict, rle: dict | None) -> np.ndarray:
@@ -548,172 +669,140 @@ def box_corners(bbox) -> np.ndarray:
     return box if box.any() and np.isfinite(box).all() else np.full(4, np.nan)
 
 
-def turn_entries(outlines: list[tuple]) -> None:
-    """Where outlines leave their image, but fit the picture that an EXIF orientation turns it into, take that.
+def check_outlines(split: Split, entries: tuple[ImageEntry], labels: tuple[str], outlines: tuple, boxes: tuple) -> None:
+    """Note where the outlines of a split, their bounding boxes and their images disagree.
 
-    Swaps height and width of the entry, so that read_image() picks the picture in which the outlines were drawn.
+    entries and labels: of each outline. outlines and boxes: their corners, see box_corners().
     """
-    far = {}
-    for _, entry, _, outline in outlines:
-        if isinstance(outline, list):
-            right, bottom = np.nan_to_num(outline_corners(outline, None)[2:], nan=0)
-            known = far.get(entry.path, (entry, 0, 0))
-            far[entry.path] = entry, max(known[1], right), max(known[2], bottom)
-    for entry, right, bottom in far.values():
-        outside = right > entry.width + 0.5 or bottom > entry.height + 0.5
-        if outside and right <= entry.height + 0.5 and bottom <= entry.width + 0.5 and orientations(entry.path):
-            entry.height, entry.width = entry.width, entry.height
+    outlines, boxes = np.array(outlines), np.array(boxes)
+    sizes = np.array([(entry.width, entry.height) for entry in entries], np.float64)
+    known, limits = ~np.isnan(outlines[:, 0]), np.tile(sizes, 2)
+    beyond = np.maximum(-outlines, outlines - limits) > np.maximum(2, 0.05 * limits)
+    # In two public data sets edges differ by 0.5 px at most; swapped, mirrored or scaled coordinates by more than this.
+    drawn, boxed = np.clip(outlines, 0, limits), np.clip(boxes, 0, limits)
+    differs = np.abs(drawn - boxed) > np.maximum(2, 0.05 * np.tile(boxed[:, 2:] - boxed[:, :2], 2))
+    if known.any() and outlines[known].max() <= 1:
+        split.problems["all coordinates are at most 1: they are fractions of the image, not pixels"].append(
+            ANNOTATION_FILE)
+    elif known.sum() >= 3 and outlines[known].max() <= 100 and sizes[known].min() > 150:
+        split.problems["all coordinates are at most 100 in larger images: they are percent, not pixels"].append(
+            ANNOTATION_FILE)
+    for wrong, compared, kind, causes in (
+            (beyond, known, "far outside its image", "the images were resized, but not the outlines; x and y, or width "
+             "and height, are swapped"),
+            (differs, known & ~np.isnan(boxes[:, 0]), "that contradicts its bounding box", "x and y are swapped; the "
+             "images were resized, but not the outlines; percent instead of pixels; triples instead of pairs. If the "
+             "boxes are wrong and the outlines right, remove \"bbox\" from the annotations")):
+        found = [(entries[i], f"{labels[i]}, {corners_text(outlines[i])}; its box {corners_text(boxes[i])}")
+                 for i in np.flatnonzero(wrong.any(axis=1))]
+        split.note(found, f"outline {kind}", int(compared.sum()), "remarks", f". Likely causes: {causes}")
 
 
-def read_image_entries(images: list[dict], split_dir: Path) -> tuple[dict[str, ImageEntry], int, list, list]:
-    """The list of images in a COCO file, each with its file.
-
-    Returns (entries by image id, image files that the list lacks, problems, remarks), both as (kind, example).
-    """
-    entries, problems = {}, []
-    for number, image in enumerate(images):
-        key, name, size = id_text(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
-        inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
-        if image.get("id") is None or not isinstance(name, str) or not name:
-            problems.append(("image without id or file_name", f"image entry {number}"))
-        elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
-            problems.append(("file name that points outside its folder", f"{name!r}, image id {key}"))
-        elif not all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
-            problems.append((f"height and width must be whole numbers from 1 to {LARGEST_SIDE} (pixels)",
-                             f"{name}, height {size[0]!r} and width {size[1]!r}"))
-        elif key in entries:
-            problems.append(("image id that is used twice", f"image id {key}, {entries[key].file_name} and {name}"))
-        else:
-            entries[key] = ImageEntry(number, str(split_dir / inside), name, int(size[0]), int(size[1]))
-    unlisted, found = find_files(list(entries.values()), split_dir)
-    uses = Counter(os.path.normcase(entry.path) for entry in entries.values())
-    problems += [("file that is listed as two images", Path(path).name) for path in uses if uses[path] > 1]
-    return entries, unlisted, problems, found
+def corners_text(corners: np.ndarray) -> str:
+    """Corners (left, top, right, bottom) for a message."""
+    return "x {:.0f} to {:.0f}, y {:.0f} to {:.0f}".format(*corners[[0, 2, 1, 3]]).replace("nan", "?")
 
 
-def find_files(entries: list[ImageEntry], split_dir: Path) -> tuple[int, list[tuple[str, str]]]:
-    """Give entries whose file is missing the one file that can only be meant: in another folder, or written otherwise.
+# ===== Mask files =====================================================================================================
 
-    Returns (number of image files that no entry names, remarks).
-    """
-    files = [split_dir / path for path in find_image_files(split_dir)]
-    named, remarks = {os.path.normcase(entry.path) for entry in entries}, []
-    free = [path for path in files if os.path.normcase(path) not in named]
-    missing = [entry for entry in entries if not os.path.exists(entry.path)] if free else []
-    places, wanted = {}, Counter(plain_path(entry.file_name).rpartition("/")[2] for entry in missing)
-    for path in free if missing else ():
-        places.setdefault(plain_path(path.name), []).append(path)
-    for entry in missing:
-        name = plain_path(entry.file_name)
-        base = name.rpartition("/")[2]
-        found = places.get(base, [])
-        if len(found) > 1 or wanted[base] > 1:  # several of one name: their folders have to fit
-            inside = {path: "/" + plain_path(path.relative_to(split_dir)) for path in found}
-            match = [path for path in found if inside[path].endswith("/" + name) or ("/" + name).endswith(inside[path])]
-            match = [path for path in match if inside[path] == "/images/" + name] or match  # not in masks/ or overlays/
-        else:
-            match = found
-        if len(match) == 1:
-            entry.path = str(match[0])
-            remarks.append(("file found under another name, or in another folder, than the JSON says",
-                            f"{entry.file_name} is {match[0].relative_to(split_dir)}"))
-        elif found:
-            entry.error = "the file is missing; of a similar name are " + ", ".join(
-                str(path.relative_to(split_dir)) for path in found[:3])
-    unlisted = len(free) - len(remarks)
-    remarks += [("mask file that is not used, because there is a COCO file", path.name) for path in free
-                if is_mask_file(path.relative_to(split_dir))]
-    return unlisted, remarks
-
-
-def plain_path(name: str | Path) -> str:
-    """A path as lower-case text, without %-encoding, in one Unicode form: tools and systems write names differently."""
-    return unicodedata.normalize("NFC", urllib.parse.unquote(str(name))).casefold().replace("\\", "/")
-
-
-MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
 MASK_FILE = "mask file"  # what takes the place of a category's name
 LARGEST_LABEL = 20  # mask files with whole numbers up to this, 0 among them, are label maps
 
 
-def read_splits(folders: dict[str, Path], categories: tuple = ()) -> dict[str, Split]:
-    """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
-
-    What the levels of mask files mean is decided once for all splits. categories: see read_coco(); mask files have
-    none. Raises TrainerError.
-    """
-    pairs = {name: find_pairs(folder) for name, folder in folders.items() if not (folder / ANNOTATION_FILE).is_file()}
-    pairs = {name: split for name, split in pairs.items() if split}
-    draw_mask_files(pairs)
-    return {name: pairs[name] if name in pairs else read_coco(folder, categories) for name, folder in folders.items()}
-
-
-def find_image_files(folder: Path) -> list[Path]:
-    """Paths of all images below a folder, relative to it; without hidden ones, as Jupyter and macOS leave them."""
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return [path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.parts)]
-
-
-def is_mask_file(path: Path) -> bool:
-    """Whether an image file is a mask, by its relative path: NAME_mask, NAME_mask_2, or anything below masks/."""
-    return bool(MASK_END.search(path.stem)) or "masks" in map(str.lower, path.parts[:-1])
-
-
-def find_pairs(split_dir: Path) -> Split | None:
+def find_pairs(folder: Path) -> Split | None:
     """The images of a folder, and of the folders in it, with their mask files; None if there is no mask file.
 
     The mask of X is X_mask beside it, or X in masks/, which lies beside X or beside its folder images/.
-    Raises TrainerError for masks without image and for names that do not tell what belongs together.
+    Masks without image, and names that do not tell what belongs together, are noted as problems.
     """
     def key(path):  # the same for an image and its mask
         folders = [name for name in map(str.lower, path.parts[:-1]) if name not in ("images", "masks")]
         return "/".join([*folders, MASK_END.sub("", path.stem).lower()])
 
-    files, masks, problems, entries = find_image_files(split_dir), {}, [], []
-    for path in filter(is_mask_file, files):
-        if (other := masks.setdefault(key(path), path)) is not path:
-            problems.append(("two masks for one image", f"{other} and {path}"))
+    split, masks, images = Split(folder, [], {MASK_FILE: True}), defaultdict(list), []
+    for path in list_images(folder):
+        if is_mask_file(path):
+            masks[key(path)].append(path)
+        else:
+            images.append(path)
     if not masks:
         return None
-    images = [path for path in files if not is_mask_file(path)]
     uses = Counter(map(key, images))
-    problems += [("mask without image", str(path)) for name, path in masks.items() if name not in uses]
-    problems += [("mask for more than one image", str(path)) for name, path in masks.items() if uses[name] > 1]
-    if problems:
-        raise TrainerError(f"{split_dir} cannot be used, {plural(len(problems), 'problem')}:"
-                           f"{bullet_list(grouped(problems))}\nThe mask of X is X_mask beside it, or X in masks/. "
-                           "Rename or remove these files.")
+    how = " (the mask of X is X_mask beside it, or X in masks/; rename or remove the file)"
+    for name, (mask, *others) in masks.items():
+        if others:
+            split.problems[f"two masks for one image{how}"].append(f"{mask} and {others[0]}")
+        if uses[name] != 1:
+            split.problems[f"mask {'for more than one' if uses[name] else 'without'} image{how}"].append(str(mask))
     for number, path in enumerate(images):
         mask = masks.get(key(path))
-        entries.append(ImageEntry(number, str(split_dir / path), path.as_posix(), 0, 0,
-                                  mask_path=str(split_dir / mask) if mask else "",
-                                  annotations=Counter({MASK_FILE: 1} if mask else {})))
-    return Split(entries, {MASK_FILE: True})
+        split.entries.append(ImageEntry(number, str(folder / path), path.as_posix(), 0, 0,
+                                        mask_path=str(folder / mask[0]) if mask else "",
+                                        annotations=Counter({MASK_FILE: 1} if mask else {})))
+    return split
 
 
 def read_mask_file(path: str) -> np.ndarray:
     """The grey levels of a mask file: uint8 or uint16 [H, W]; of a coloured one, the largest channel."""
-    read_image(path)  # which refuses what is damaged, cut short, or has several pages
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise TrainerError("its mask has other numbers than 8 or 16 bit; save it as an 8-bit PNG")
-    if image.ndim == 2:
-        return image
-    colours, alpha = image[..., :3], image[..., 3:]
-    if alpha.size and alpha.min() < alpha.max() and colours.min() == colours.max():
-        raise TrainerError("its mask is only transparency; save it as an 8-bit PNG in black and white")
+    image = open_image(path, upright=True)
+    levels = deep_pixels(image)
+    if levels is not None:
+        if levels.dtype != np.uint16:
+            raise TrainerError(f"{path}: has other numbers than 8 or 16 bit; save it as an 8-bit PNG")
+        return levels
+    colours = np.asarray(image.convert("RGB"))
+    if colours.min() == colours.max() and "A" in image.getbands() and len(np.unique(image.getchannel("A"))) > 1:
+        raise TrainerError(f"{path}: is only transparency; save it as an 8-bit PNG in black and white")
     return colours.max(axis=2)
 
 
-def count_levels(entry: ImageEntry) -> np.ndarray:
-    """How many pixels of the entry's mask file have each grey level; empty if it has none. Sets the entry's size."""
-    try:
-        picture = read_mask_file(entry.mask_path) if entry.mask_path else read_image(entry.path)[..., 0]
-    except TrainerError as error:
-        entry.error = str(error).removeprefix(f"{entry.path}: ").replace(f"{entry.mask_path}:", "its mask:")
-        return np.zeros(0, np.int64)
-    entry.height, entry.width = picture.shape
-    return np.bincount(picture.ravel()) if entry.mask_path else np.zeros(0, np.int64)
+def draw_mask_files(splits: Iterable[Split]) -> None:
+    """Give the entries of find_pairs() their size and mask. Raises TrainerError where grey levels could mean anything.
+
+    A mask file that cannot be read is noted in its entry.
+    """
+    def count(entry):  # pixels of each level; sets the entry's size
+        try:
+            levels = read_mask_file(entry.mask_path)
+        except TrainerError as error:
+            entry.problems["its mask: " + str(error).removeprefix(f"{entry.mask_path}: ")].append("")
+            return np.zeros(0, np.int64)
+        entry.height, entry.width = levels.shape
+        return np.bincount(levels.ravel())
+
+    def draw(entry):
+        mask = (read_mask_file(entry.mask_path) >= least).astype(np.uint8)
+        boxes = cv2.connectedComponentsWithStats(mask)[2][1:]  # left, top, width, height, area of each tumour
+        entry.tumours, entry.boxes = len(boxes), int((boxes[:, 2] * boxes[:, 3] == boxes[:, 4]).sum())
+        entry.rle = coco_mask.encode(np.asfortranarray(mask)) if len(boxes) else None
+
+    splits = [split for split in splits if MASK_FILE in split.categories]
+    entries = [entry for split in splits for entry in split.entries if entry.mask_path and not entry.problems]
+    counts = in_threads(count, entries, "Reading masks")
+    pixels = np.zeros(max((len(found) for found in counts), default=0), np.int64)
+    for found in counts:
+        pixels[:len(found)] += found
+    if not pixels.any():
+        return
+    least, between = tumour_levels(pixels)
+    odd = []
+    for entry, found in zip(entries, counts):
+        strays = int(found[between[between < len(found)]].sum())
+        if strays > (max(0.2 * found[least:].sum(), 0.02 * found.sum()) if least else 0):
+            odd.append((-strays, entry.mask_path))
+        elif np.count_nonzero(found) > 1 and not found[least:].any():  # all its levels are dark in the other files
+            odd.append((0, entry.mask_path))
+    levels = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1]))
+    if odd:
+        raise TrainerError(f"{plural(len(odd), 'mask file')} with grey levels that could mean anything (all levels: "
+                           f"{levels}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
+                           f"which the upper one is tumour, or are label maps with whole numbers from 0 to "
+                           f"{LARGEST_LABEL}, of which all above 0 are tumour; all files alike. Convert these files to "
+                           "0 and 255 (resize masks with nearest neighbour only), or remove them.")
+    if np.count_nonzero(pixels) > 2:
+        splits[0].remarks[f"mask files with more than two grey levels: tumour is {least} and above"].append(
+            f"levels {levels}")
+    in_threads(draw, [entry for entry, found in zip(entries, counts) if len(found)], "Reading masks")
 
 
 def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
@@ -729,53 +818,15 @@ def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
         return max(1, last), levels[:0]
     if first == 0 and last <= LARGEST_LABEL:
         return 1, levels[:0]
-    middle = (first + last + 1) // 2
-    low, high = int(pixels[:middle].argmax()), middle + int(pixels[middle:].argmax())  # the two that were blurred
-    noise = (high - low) / 16 if len(levels) > 8 else 1
-    between = levels[(levels > low + noise) & (levels < high - noise)]
-    # A third level would be a peak of its own. Few levels are no noise.
-    most = 0.02 * pixels[middle:].sum() if len(levels) > 8 else 0
-    if high - low >= 64 and pixels[between].max(initial=0) <= most:
-        return (low + high + 1) // 2, between
+    if len(levels) > 8:  # fewer are no noise
+        middle = (first + last + 1) // 2
+        low, high = int(pixels[:middle].argmax()), middle + int(pixels[middle:].argmax())  # the two that were blurred
+        noise = (high - low) / 16
+        between = levels[(levels > low + noise) & (levels < high - noise)]
+        # A third level would be a peak of its own.
+        if high - low >= 64 and pixels[between].max(initial=0) <= 0.02 * pixels[middle:].sum():
+            return (low + high + 1) // 2, between
     return 0, levels[1:-1] if len(levels) > 1 else levels
-
-
-def draw_mask_files(splits: dict[str, Split]) -> None:
-    """Give the entries of find_pairs() their size and mask. Raises TrainerError where grey levels could mean anything.
-
-    A mask file that cannot be read is noted in its entry.
-    """
-    def draw(entry):
-        mask = (read_mask_file(entry.mask_path) >= least).astype(np.uint8)
-        boxes = cv2.connectedComponentsWithStats(mask)[2][1:]  # left, top, width, height, area of each tumour
-        entry.tumours, entry.boxes = len(boxes), int((boxes[:, 2] * boxes[:, 3] == boxes[:, 4]).sum())
-        entry.rle = coco_mask.encode(np.asfortranarray(mask)) if len(boxes) else None
-
-    entries = [entry for split in splits.values() for entry in split.entries]
-    counts = in_threads(count_levels, entries, "Reading masks")
-    pixels = np.zeros(max((len(found) for found in counts), default=0), np.int64)
-    for found in counts:
-        pixels[:len(found)] += found
-    if not pixels.any():
-        return
-    least, between = tumour_levels(pixels)
-    levels, odd = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1])), []
-    for entry, found in zip(entries, counts):
-        strays = int(found[between[between < len(found)]].sum())
-        if strays > (max(0.2 * found[least:].sum(), 0.02 * found.sum()) if least else 0):
-            odd.append((-strays, entry.mask_path))
-        elif np.count_nonzero(found) > 1 and not found[least:].any():  # all its levels are dark in the other files
-            odd.append((0, entry.mask_path))
-    if odd:
-        raise TrainerError(f"{plural(len(odd), 'mask file')} with grey levels that could mean anything (all levels: "
-                           f"{levels}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
-                           f"which the upper one is tumour, or are label maps with whole numbers from 0 to "
-                           f"{LARGEST_LABEL}, of which all above 0 are tumour; all files alike. Convert these files to "
-                           "0 and 255 (resize masks with nearest neighbour only), or remove them.")
-    if np.count_nonzero(pixels) > 2:
-        kind = (f"mask files with more than two grey levels: tumour is {least} and above", f"levels {levels}")
-        next(iter(splits.values())).remarks.append(kind)
-    in_threads(draw, [entry for entry, found in zip(entries, counts) if len(found)], "Reading masks")
 
 
 # ===== One pass over all files: audit and cache =======================================================================
@@ -783,6 +834,7 @@ def draw_mask_files(splits: dict[str, Split]) -> None:
 # Correlation of two thumbnails; in the public data most such pairs are slices at most three numbers apart.
 NEAR_DUPLICATE_CORRELATION = 0.95
 NEAR_DUPLICATES = "{} of {} {} images look like an image in train: scores may be too good for new patients"
+BLOCKS = 20  # of neighbours by file name, of which a part is held out
 LOW_CONTRAST = 2.0  # grey levels of 255: a picture with a smaller standard deviation gets a remark
 
 
@@ -838,38 +890,39 @@ def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None
 
 def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     """Read one image file once: fill its cache slot and note what is found. A damaged file is noted, not raised."""
-    if entry.error:  # its file, or that of its mask, is known to be of no use
+    if entry.problems:  # its file, its outlines or its mask are known to be of no use
         return
     try:
         image, mask, full = load_sample(entry, cfg.IMG_SIZE, cfg.GREY_PERCENTILES)
     except TrainerError as error:
-        entry.error = str(error).removeprefix(f"{entry.path}: ")
+        entry.problems[str(error).removeprefix(f"{entry.path}: ")].append("")
         return
     if cache is not None:
         cache.pixels(entry.cache_slot, "r+")[:] = np.dstack([image, mask])
     truth, grey = entry.mask(), cv2.cvtColor(full, cv2.COLOR_RGB2GRAY)
+    entry.file_size = full.shape[:2]
     entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
-    sizes = f"{entry.width}x{entry.height} pixels in the JSON, {full.shape[1]}x{full.shape[0]} in the file"
     if truth.any() and not mask.any():
-        entry.remarks.append((f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}", ""))
-    if full.shape[:2] == truth.shape[::-1] != truth.shape:
-        entry.error = f"width and height are swapped in the JSON: {sizes}"
-    elif full.shape[:2] != truth.shape:
-        entry.remarks.append(("file whose size differs from the JSON's (the mask is stretched with it)", sizes))
+        entry.remarks[f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}"].append("")
     if entry.mask_path and entry.tumour_fraction > 0.5:
-        entry.remarks.append(("tumour on more than half of the image: is the mask inverted?", ""))
+        entry.remarks["tumour on more than half of the image: is the mask inverted?"].append("")
     if cv2.meanStdDev(grey)[1] < LOW_CONTRAST:
-        entry.remarks.append(("picture with almost no contrast", ""))
-    if pictures := orientations(entry.path):
-        shown, stored = (picture.shape for picture in pictures)
-        x, y, width, height = cv2.boundingRect(truth)
-        if shown == stored or truth.shape == stored and x + width <= stored[0] and y + height <= stored[1]:
-            entry.remarks.append(("EXIF orientation, and nothing says whether the outlines were drawn in the turned "
-                                  "picture: look at training_samples.png", ""))
+        entry.remarks["picture with almost no contrast"].append("")
     small = resize(grey, 32, 32).astype(np.float64).ravel()  # exact enough to be the same on every machine
     small -= small.mean()
     entry.thumbnail = (small / max(float(np.linalg.norm(small)), 1e-6)).astype(np.float32)
+
+
+def check_sizes(split: Split) -> None:
+    """Note where the size of an image file is not that of the JSON."""
+    other = [(entry, f"{entry.width}x{entry.height} pixels in the JSON, {entry.file_size[1]}x{entry.file_size[0]} in "
+              "the file") for entry in split.entries if entry.file_size not in ((), (entry.height, entry.width))]
+    swapped = [found for found in other if found[0].file_size == (found[0].width, found[0].height)]
+    split.note(swapped, "width and height are swapped in the JSON", len(split.entries), "problems")
+    for entry, detail in other:
+        if (entry, detail) not in swapped:
+            entry.remarks["file whose size differs from the JSON's (the mask is stretched with it)"].append(detail)
 
 
 def split_folder(cfg: Settings, name: str) -> Path:
@@ -890,69 +943,129 @@ def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
                            f"names:{bullet_list(missed, 5)}")
 
 
-def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[str]:
-    """File names of a random share of the images: whole patients, or, if they are not known, whole groups of images
-    that look alike, so that neighbouring slices stay together. Raises TrainerError if all are one group.
+def natural_key(file_name: str) -> tuple:
+    """A key that sorts file names by folder, then name, numbers by value: s2 before s10. Roboflow's versions of one
+    image, NAME.rf.HASH, have the same key.
     """
-    groups = np.array([entry.patient for entry in entries])
-    if not groups[0]:
-        thumbnails = np.stack([entry.thumbnail for entry in entries]).astype(np.float64)
-        groups = np.arange(len(entries))
-        for i in range(1, len(entries)):  # row by row, because the whole matrix may not fit into memory
-            alike = groups[:i][thumbnails[:i] @ thumbnails[i] > NEAR_DUPLICATE_CORRELATION]
-            if alike.size:
-                groups[:i + 1][np.isin(groups[:i + 1], [*alike, i])] = alike.min()
-    names, sizes = np.unique(groups, return_counts=True)
-    if len(names) < 2:
+    *folders, name = file_name.replace("\\", "/").split("/")
+    name = re.sub(r"\.rf\.\w+$", "", name.rpartition(".")[0] or name)
+    return tuple(tuple(int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text))
+                 for text in [*folders, name])
+
+
+def group_images(entries: list[ImageEntry], parts: int) -> list[list[ImageEntry]]:
+    """Groups of images that belong into one part: those of a patient; if patients are not known, about BLOCKS blocks of
+    neighbours by file name, of near-equal size. One block that has all tumours is cut in two.
+    """
+    groups = defaultdict(list)
+    if entries and entries[0].patient:
+        for entry in entries:
+            groups[entry.patient].append(entry)
+        return list(groups.values())
+    versions = defaultdict(list)
+    for entry in entries:
+        versions[natural_key(entry.file_name)].append(entry)
+    blocks, before = parts * math.ceil(BLOCKS / parts), 0
+    for key in sorted(versions):
+        groups[before * blocks // len(entries)].append(versions[key])
+        before += len(versions[key])
+    groups = list(groups.values())
+    with_tumour = [group for group in groups if any(entry.tumour_fraction for images in group for entry in images)]
+    if len(with_tumour) == 1:
+        group, = with_tumour
+        places = [i for i, images in enumerate(group) if any(entry.tumour_fraction for entry in images)]
+        middle = places[len(places) // 2]
+        groups[groups.index(group):][:1] = [part for part in (group[:middle], group[middle:]) if part]
+    return [sum(group, []) for group in groups]
+
+
+def deal(groups: list[list[ImageEntry]], parts: int, seed: int) -> list[list[ImageEntry]]:
+    """Deal whole groups, shuffled, into parts of near-equal numbers of images, each with a tumour if there are enough.
+
+    Groups that are larger than a part should be go into the last parts.
+    """
+    dealt, has_tumour = [[] for _ in range(parts)], [False] * parts
+    largest = max(sum(map(len, groups)) / parts, min(map(len, groups)))
+
+    def order(i):  # giants first, then groups with a tumour
+        return len(groups[i]) <= largest, not any(entry.tumour_fraction for entry in groups[i])
+
+    for i in sorted(np.random.default_rng(seed).permutation(len(groups)).tolist(), key=order):
+        giant, tumour = len(groups[i]) > largest, not order(i)[1]
+        # The smallest part; for a tumour, of those that have none yet.
+        place = min(range(parts), key=lambda k: (tumour and has_tumour[k], len(dealt[k]), -k if giant else k))
+        dealt[place] += groups[i]
+        has_tumour[place] |= tumour
+    return dealt
+
+
+def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[str]:
+    """File names of the images of train that are held out for validation: the first of 1 / share parts.
+
+    Raises TrainerError if all images are of one patient, or of one original image.
+    """
+    parts = max(2, round(1 / share))
+    groups = group_images(entries, parts)
+    if len(groups) < 2:
         raise TrainerError("there is no valid folder, and nothing can be held out of train for validation: all its "
-                           "images are of one patient, or look alike")
-    order = np.random.default_rng(seed).permutation(len(names))
-    # Groups that are larger than the share come last; one with a tumour first, which validation needs.
-    order = order[np.argsort(sizes[order] > max(share * len(entries), sizes.min()), kind="stable")].tolist()
-    with_tumour = np.isin(names[order], groups[[entry.tumour_fraction > 0 for entry in entries]])
-    order.insert(0, order.pop(int(with_tumour.argmax())))
-    # As many groups as come closest to the share, but not all.
-    count = 1 + int(np.abs(sizes[order].cumsum()[:-1] - share * len(entries)).argmin())
-    held_out = np.isin(groups, names[order[:count]])
-    log(f"There is no valid folder: {held_out.sum()} of {len(entries)} images of train are held out for validation "
-        f"(VALID_SHARE), whole {'patients' if entries[0].patient else 'groups of similar images'} ({count} of "
-        f"{len(names)}).")
-    return [entry.file_name for entry, held in zip(entries, held_out) if held]
+                           "images are of one patient, or versions of one image")
+    held_out = {id(entry) for entry in deal(groups, parts, seed)[0]}
+    kept = (f"whole patients, {sum(id(group[0]) in held_out for group in groups)} of {len(groups)}"
+            if entries[0].patient else
+            "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
+    log(f"There is no valid folder: {len(held_out)} of {len(entries)} images of train are held out for validation "
+        f"(VALID_SHARE): {kept}.")
+    return [entry.file_name for entry in entries if id(entry) in held_out]
 
 
-def hold_out(splits: dict[str, Split], names: list[str]) -> dict[str, Split]:
-    """Move images of train, by file name, into a split valid. Raises TrainerError if any is missing."""
+def hold_out(splits: dict[str, Split], names: list[str], training: bool = True) -> dict[str, Split]:
+    """Move images of train, by file name, into a split valid.
+
+    Raises TrainerError if any is missing; without training, says so.
+    """
     train, chosen = splits["train"], set(names)
     valid = [entry for entry in train.entries if entry.file_name in chosen]
     if missing := sorted(chosen - {entry.file_name for entry in valid}):
-        raise TrainerError(f"{len(missing)} of the {len(chosen)} images that were held out of train for validation are "
-                           f"not there:{bullet_list(missing, 5)}")
+        message = (f"{len(missing)} of the {len(chosen)} images that were held out of train for validation are not "
+                   f"there:{bullet_list(missing, 5)}")
+        if training:
+            raise TrainerError(message)
+        log(message)
     train.entries = [entry for entry in train.entries if entry.file_name not in chosen]
-    return {"train": train, "valid": Split(valid, train.categories, is_sample=train.is_sample, held_out=True)} | splits
+    held = Split(train.folder, valid, train.categories, is_sample=train.is_sample, held_out=True)
+    return {"train": train} | ({"valid": held} if valid else {}) | splits
 
 
-def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None,
-                 held_out: list[str] | None = None) -> tuple[dict, PixelCache | None]:
+def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None, held_out: list[str] | None = None,
+                 training: bool = True) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits; "test" may be missing on disk, and is left out then. If valid is, VALID_SHARE of train takes
-    its place, or the images that held_out names, if it is not None. run_folder: locked by this run; None: no cache.
+    its place, or the images that held_out names (an empty list: none). run_folder: locked by this run; None: no cache.
+    training=False, for a model that is there: whatever is there of these splits and of the images held out, and no
+    demand for tumours.
     Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
     folder = {name: split_folder(cfg, name) for name in names}
-    if "test" in names and not folder["test"].is_dir():
-        log(f"No test folder ({folder.pop('test')}): there will be no test score.")
-    # An empty list: of a checkpoint that was trained with a valid folder.
-    if no_valid := held_out != [] and "valid" in folder and not folder["valid"].is_dir():
-        del folder["valid"]
+    missing = [name for name in names if not folder[name].is_dir()]
+    from_train = "valid" in missing and held_out != [] and (
+        training or held_out is not None and split_folder(cfg, "train").is_dir())
+    if training and "test" in missing:
+        log(f"No test folder ({folder['test']}): there will be no test score.")
+    for name in missing:
+        if not training or name == "test" or name == "valid" and from_train:
+            del folder[name]
+    if from_train:
         folder = {"train": split_folder(cfg, "train")} | folder
-    splits = read_splits(folder, cfg.CATEGORIES)
+    if not folder:
+        raise TrainerError(f"folder not found: {cfg.DATA_DIR} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
+    splits = read_splits(folder, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
     phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
-    if no_valid and held_out:
-        splits = hold_out(splits, held_out)
+    if from_train and held_out:
+        splits = hold_out(splits, held_out, training)
         splits = {name: split for name, split in splits.items() if name in names}
     find_patients(splits, cfg.PATIENT_PATTERN)
     if cfg.UNANNOTATED == "skip":
@@ -963,50 +1076,46 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         entry.cache_slot = slot
     cache = open_cache(cfg, run_folder, len(entries)) if run_folder else None
     in_threads(functools.partial(scan, cfg=cfg, cache=cache), entries, "Reading images")
-    bad = [entry for entry in entries if entry.error]
     for split in splits.values():
-        good = [entry for entry in split.entries if not entry.error]
-        split.skipped, split.entries = len(split.entries) - len(good), good
-    if no_valid and not held_out and splits["train"].entries:
+        check_sizes(split)
+        split.skipped = [entry for entry in split.entries if entry.problems]
+        split.entries = [entry for entry in split.entries if not entry.problems]
+    if from_train and not held_out and splits["train"].entries:
         splits = hold_out(splits, choose_held_out(splits["train"].entries, cfg.VALID_SHARE, cfg.SEED))
     print_audit(splits, cfg.CATEGORIES)
-    refuse_unusable(splits, folder, bad, cfg)
+    refuse_unusable(splits, cfg, training)
     return splits, cache
 
 
-def refuse_unusable(splits: dict[str, Split], folder: dict[str, Path], bad: list[ImageEntry], cfg: Settings) -> None:
-    """Raise TrainerError for images that cannot be used, unless SKIP_BAD_IMAGES, and for splits without use."""
-    problems = bullet_list(grouped([(entry.error, entry.path) for entry in bad], 3))
+def refuse_unusable(splits: dict[str, Split], cfg: Settings, training: bool) -> None:
+    """Raise TrainerError for problems, and for splits that are of no use. Says which images are left out."""
+    refuse_problems(splits.values(), cfg.SKIP_BAD_IMAGES)
+    if bad := image_problems(splits.values()):
+        warn(f"leaving out {plural(sum(len(split.skipped) for split in splits.values()), 'image')} that cannot be used:"
+             f"{bullet_list(grouped(bad, 3))}")
     for name, split in splits.items():
-        if split.skipped and not split.entries and not any(os.path.exists(entry.path) for entry in bad):
-            raise TrainerError(f"all {split.skipped} image files of {folder[name]} are missing:{problems}\n"
-                               f"They belong into the folder of {ANNOTATION_FILE}.")
-    if bad and not cfg.SKIP_BAD_IMAGES:
-        raise TrainerError(f"{plural(len(bad), 'image')} cannot be used:{problems}\nRepair or remove them, or set "
-                           "SKIP_BAD_IMAGES = True (--skip-bad-images) to leave them out.")
-    if bad:
-        warn(f"leaving out {plural(len(bad), 'image')} that cannot be used:{problems}")
-    for name, split in splits.items():
-        if not split.entries or name != "test" and not any(entry.tumour_fraction for entry in split.entries):
+        tumour = any(entry.tumour_fraction for entry in split.entries)
+        if not split.entries or training and name != "test" and not tumour:
             missing = "tumour pixel" if split.entries else "usable image"
             why = "; valid chooses the best epoch and the threshold" * (name == "valid")
-            place = folder.get(name, "the part of train that is held out for validation")
+            place = "the part of train that is held out for validation" if split.held_out else split.folder
             raise TrainerError(f"{place} has no {missing} at all; check images, annotations, CATEGORIES and "
                                f"UNANNOTATED{why}")
-        if name == "train" and len(split.entries) < world_size():
+        if training and name == "train" and len(split.entries) < world_size():
             raise TrainerError("there are fewer training images than processes")
 
 
 def print_audit(splits: dict[str, Split], categories: tuple) -> None:
-    """Print a table of what the splits hold, and remarks below it. Sets near_duplicates of the splits."""
-    columns, first_seen, leaks, copies, single = [], {}, [], [], []
-    findings = [(remark, "") for remark in [*split_remarks(splits, categories), *find_near_duplicates(splits)]]
+    """Print a table of what the splits hold, and remarks below it. Sets near_duplicate of the images."""
+    sentences = [*split_remarks(splits, categories), *find_near_duplicates(splits)]
+    leak, copied = "same picture in two splits, which makes scores too good", "same picture twice"
+    found, first_seen, columns = notes() | {leak: [], copied: []}, {}, []  # these two first
     counts = {category: counts for split in splits.values() for category, counts in split.categories.items()
               if any(entry.annotations[category] for other in splits.values() for entry in other.entries)}
     for name, split in splits.items():
         percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
         columns.append({
-            "Data": name, "images": len(split.entries), "unusable images": split.skipped,
+            "Data": name, "images": len(split.entries), "unusable images": len(split.skipped),
             "patients (see PATIENT_PATTERN)": len({entry.patient for entry in split.entries} - {""}) or "?",
             **{f"annotations: {category[:18]}" + " (ignored)" * (not counts[category]):
                sum(entry.annotations[category] for entry in split.entries) for category in counts},
@@ -1017,19 +1126,18 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
             "median tumour, % of image": f"{np.median(percent):.3f}",
             "largest tumour, % of image": f"{max(percent):.3f}",
             "files that the JSON does not list": split.unlisted})
-        single += [(kind, f"{name}/{example}") for kind, example in split.remarks]
+        for kind, details in split.remarks.items():
+            found[kind] += [f"{name}/{detail}" for detail in details]
         for entry in split.entries:
             label, entry.thumbnail = f"{name}/{entry.file_name}", None  # it is not to be sent to workers
-            single += [(kind, label + f", {detail}" * bool(detail)) for kind, detail in entry.remarks]
+            for kind, details in entry.remarks.items():
+                found[kind] += [f"{label}, {detail}".removesuffix(", ") for detail in details]
             split_of_first, first = first_seen.setdefault(entry.digest, (name, label))
             if first != label:
-                if split_of_first != name:
-                    leaks.append(("same picture in two splits, which makes scores too good", f"{label} is {first}"))
-                else:
-                    copies.append(("same picture twice", f"{label} is {first}"))
-    findings += leaks + copies + single
+                found[copied if split_of_first == name else leak].append(f"{label} is {first}")
     log("\n" + "\n".join(row.ljust(41) + "".join(f"{column[row]!s:>9}" for column in columns) for row in columns[0]))
-    log(f"\n{plural(len(findings), 'remark')}, please check:{bullet_list(grouped(findings), 40)}\n" if findings else "")
+    count = len(sentences) + sum(map(len, found.values()))
+    log(f"\n{plural(count, 'remark')}, please check:{bullet_list(sentences + grouped(found), 40)}\n" if count else "")
 
 
 def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
@@ -1059,21 +1167,24 @@ def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
 
 
 def find_near_duplicates(splits: dict[str, Split]) -> list[str]:
-    """Count images of valid and test that look like one in train, mostly neighbouring slices. Returns remarks."""
+    """Find the images of valid and test that look like one in train, mostly neighbouring slices. Returns remarks."""
     remarks, train = [], splits["train"].entries if "train" in splits else []
     for name, split in splits.items():
         if name == "train" or not train or not split.entries:
             continue
         # Thumbnails have mean 0 and length 1: their products are correlations.
-        own, others = (np.stack([entry.thumbnail for entry in entries]) for entries in (split.entries, train))
-        correlation = own @ others.T
-        best = correlation.max(axis=1)
-        split.near_duplicates = int((best > NEAR_DUPLICATE_CORRELATION).sum())
-        closest = [f"{split.entries[i].file_name} and {train[correlation[i].argmax()].file_name}"
-                   for i in np.argsort(-best, kind="stable")[:min(3, split.near_duplicates)]]
-        if closest:
-            remarks.append(f"{NEAR_DUPLICATES.format(split.near_duplicates, len(split.entries), name)}; the closest: "
-                           + "; ".join(closest))
+        others, found = np.stack([entry.thumbnail for entry in train]), []
+        for start in progress(range(0, len(split.entries), 256), f"Comparing {name} with train"):  # bounds the memory
+            entries = split.entries[start:start + 256]
+            correlation = np.stack([entry.thumbnail for entry in entries]) @ others.T
+            for entry, closest, best in zip(entries, correlation.argmax(axis=1), correlation.max(axis=1)):
+                if best > NEAR_DUPLICATE_CORRELATION:
+                    entry.near_duplicate = train[closest].file_name
+                    found.append((float(best), entry))
+        found.sort(key=lambda pair: -pair[0])
+        if found:
+            remarks.append(f"{NEAR_DUPLICATES.format(len(found), len(split.entries), name)}; the closest: "
+                           + "; ".join(f"{entry.file_name} and {entry.near_duplicate}" for _, entry in found[:3]))
     return remarks
 
 
@@ -1133,9 +1244,9 @@ class BrainTumorDataset(torch.utils.data.Dataset):
         Raises TrainerError when the split cannot be used.
         """
         if entries is None:
-            entries = read_splits({"": Path(split_dir)}, categories)[""].entries
-            if bad := [f"{entry.path}: {entry.error}" for entry in entries if entry.error]:
-                raise TrainerError(f"{plural(len(bad), 'image')} cannot be used:{bullet_list(bad)}")
+            split = read_splits({"": Path(split_dir)}, categories)[""]
+            refuse_problems([split], skip_bad_images=False)
+            entries = split.entries
         self.entries = entries
         self.img_size, self.seed, self.normalize, self.cache = img_size, seed, normalize, cache
         self.percentiles = percentiles
@@ -1957,7 +2068,7 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
                                                   in entry.annotations.items() if split.categories[category]),
                                "without_tumour": sum(entry.rle is None for entry in split.entries),
                                "without_annotation": sum(not entry.annotated for entry in split.entries),
-                               "skipped": split.skipped, "near_duplicates": split.near_duplicates,
+                               "skipped": len(split.skipped), "near_duplicates": split.near_duplicates,
                                **({"patients": len({entry.patient for entry in split.entries})}
                                   if cfg.PATIENT_PATTERN else {})}
                         for name, split in splits.items()}}
@@ -2613,7 +2724,7 @@ def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry,
     blocks = []
     for entry, label, caption in cases:
         truth, percentiles = entry.mask(), model.prediction_settings["grey_percentiles"]
-        image = resize(read_image(entry.path, entry.height, entry.width, percentiles), *truth.shape)
+        image = resize(read_image(entry.path, percentiles), *truth.shape)
         mask = segment(model, image)[0]
         blocks.append([(image, label + shortened(entry.file_name), ""),
                        (draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask}), "", ""),
@@ -2640,7 +2751,7 @@ RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, name
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
                         lambda v: v is None or re.compile(v).groups == 1),
-    "VALID_SHARE": ("between 0 and 1", lambda v: 0 < v < 1),
+    "VALID_SHARE": ("above 0, and at most 0.5", lambda v: 0 < v <= 0.5),
     "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
     "GREY_PERCENTILES": ("two numbers from 0 to 100, the smaller one first",
                          lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100),
@@ -3020,7 +3131,8 @@ def ending_together():
 
 
 @contextlib.contextmanager
-def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[str] | None = None):
+def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[str] | None = None,
+                training: bool = True):
     """Lock folders for this run, and give what prepare_data() returns to all processes.
 
     Each machine reads its data once, into a cache that belongs to the first folder and is removed at the end of the
@@ -3034,7 +3146,7 @@ def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[
         with ending_together():
             if local_rank == 0:
                 stack.callback(remove_cache, folders[0])
-                data = prepare_data(cfg, names, folders[0], held_out)
+                data = prepare_data(cfg, names, folders[0], held_out, training)
         yield gather(data)[rank() - local_rank]  # of the first process of this machine
 
 

@@ -159,35 +159,61 @@ def test_whole_patients_are_held_out(tmp_path, tiny):
     assert len(names) == 5 and len({name.partition("_")[0] for name in names}) == 1
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_images_that_look_alike_stay_together(seed, tmp_path, capfd):
-    data, rng = one_folder(tmp_path / "data", 12), np.random.default_rng(0)
-    for i in range(3):
-        noise = rng.normal(0, 9, (48, 64))
-        write(data / "train" / f"{i}.png", np.clip(noise_picture(0, 48, 64) + noise, 0, 255).astype(np.uint8))
-    cfg = script.read_settings(["--data-dir", str(data), "--img-size", "64", "--seed", str(seed)])[0]
-    splits = script.prepare_data(cfg, ["train", "valid"])[0]
-    places = {entry.file_name: name for name, split in splits.items() for entry in split.entries}
-    assert places["0.png"] == places["1.png"] == places["2.png"] and {*places.values()} == {"train", "valid"}
-    assert "(VALID_SHARE), whole groups of similar images (" in capfd.readouterr().out
+def entry_of(i, name="", patient="", tumour=True):
+    return script.ImageEntry(i, "", name or f"{i}.png", 1, 1, patient=patient, tumour_fraction=0.1 * tumour)
 
 
-def test_a_chain_of_similar_images_is_one_group():
-    """Its ends look alike only by way of its middle."""
-    thumbnails = [np.array(v, np.float64) for v in ((1, 0), (np.cos(0.3), np.sin(0.3)), (np.cos(0.6), np.sin(0.6)),
-                                                    (0, 1))]
-    order = [0, 2, 3, 1]  # the link between the two ends comes last
-    entries = [script.ImageEntry(i, "", str(i), 1, 1, thumbnail=thumbnails[i]) for i in order]
-    for seed in range(9):
-        held = script.choose_held_out(entries, 0.25, seed)
-        assert held in (["3"], ["0", "2", "1"])
+def numbers(parts):
+    return [sorted(entry.number for entry in part) for part in parts]
 
 
-def test_the_share_is_met_as_groups_allow_and_depends_on_the_seed():
-    entries = [script.ImageEntry(i, "", str(i), 1, 1, patient=f"p{i // 4}") for i in range(100)]
-    for share, count in ((0.2, 20), (0.5, 48), (0.01, 4), (0.99, 96)):
+def test_neighbours_by_file_name_stay_together(tmp_path, capfd):
+    """Twenty blocks of five, of which four are held out; names are sorted by folder, and numbers by value."""
+    names = [f"{folder}/s{i}.png" for folder in "ab" for i in range(50)]
+    order = np.random.default_rng(0).permutation(100)
+    held = script.choose_held_out([entry_of(i, names[i]) for i in order], 0.2, 42)
+    assert len(held) == 20
+    places = sorted(names.index(name) for name in held)
+    assert all(places[k:k + 5] == list(range(places[k], places[k] + 5)) and places[k] % 5 == 0 for k in range(0, 20, 5))
+    assert "neighbours by file name; set PATIENT_PATTERN" in capfd.readouterr().out
+
+
+def test_versions_of_one_image_stay_together_and_blocks_differ_by_one_image():
+    """Roboflow's NAME.rf.HASH; 103 images do not divide."""
+    entries = [entry_of(3 * i + k, f"{i}_jpg.rf.{k}abc.jpg") for i in range(40) for k in range(3)]
+    for group in script.group_images(entries, 5):
+        assert {entry.number // 3 for entry in group} and len(group) % 3 == 0 and len(group) == 6
+    sizes = [len(group) for group in script.group_images([entry_of(i) for i in range(103)], 5)]
+    assert len(sizes) == 20 and max(sizes) - min(sizes) == 1
+    assert len(script.group_images([entry_of(i) for i in range(3)], 5)) == 3
+
+
+@pytest.mark.parametrize("names", [["s10.png", "s2.png"], ["b/s1.png", "a/s2.png"], ["s 10.png", "s 9.png"]])
+def test_names_are_in_natural_order(names):
+    assert sorted(names, key=script.natural_key) == names[::-1]
+
+
+def test_every_image_is_dealt_once_into_parts_of_near_equal_size():
+    for patients, parts in ((25, 5), (100, 3), (7, 5), (5, 5)):
+        rng = np.random.default_rng(patients)
+        entries = [entry_of(i, patient=f"p{rng.integers(patients)}", tumour=i % 9 == 0) for i in range(20 * patients)]
+        groups = script.group_images(entries, parts)
+        found = {}
+        for seed in range(5):
+            dealt = script.deal(groups, parts, seed)
+            assert sorted(sum(numbers(dealt), [])) == list(range(len(entries)))
+            assert all(any(entry.tumour_fraction for entry in part) for part in dealt)
+            owners = [{entry.patient for entry in part} for part in dealt]
+            assert sum(map(len, owners)) == len(set.union(*owners))  # nobody is in two parts
+            assert max(map(len, dealt)) - min(map(len, dealt)) <= 2 * max(map(len, groups))
+            found[seed] = numbers(dealt)[0]
+        assert len({*map(tuple, found.values())}) > 1 and numbers(script.deal(groups, parts, 3))[0] == found[3]
+
+
+def test_the_share_is_met_and_depends_on_the_seed():
+    entries = [entry_of(i, patient=f"p{i // 4}") for i in range(100)]
+    for share, count in ((0.2, 20), (0.5, 48), (0.34, 32), (0.01, 4)):
         assert abs(len(script.choose_held_out(entries, share, 0)) - count) <= 4
-    assert len(script.choose_held_out(entries, 0.01, 0)) == 4 and len(script.choose_held_out(entries, 0.999, 0)) == 96
     found = {tuple(script.choose_held_out(entries, 0.2, seed)) for seed in range(5)}
     assert len(found) == 5 and script.choose_held_out(entries, 0.2, 3) == script.choose_held_out(entries, 0.2, 3)
 
@@ -376,16 +402,16 @@ def write_float(root, stem):
     (lambda root: write(root / "train" / "切片 2_mask.png", noise_picture(5, 96, 128)), "切片 2_mask.png"),
     (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((90, 128), np.uint8)), "another size, 128x90"),
     (lambda root: write(root / "valid" / "切片 2_mask.png", np.zeros((128, 96), np.uint8)), "another size, 96x128"),
-    (lambda root: write(root / "train" / "other_mask.png", squares()), "mask without image: "),
-    (lambda root: write(root / "train" / "masks" / "切片 2.png", squares()), "two masks for one image: "),
-    (lambda root: write(root / "train" / "切片 2.jpg", noise_picture(1, 96, 128)), "mask for more than one image: "),
+    (lambda root: write(root / "train" / "other_mask.png", squares()), "mask without image"),
+    (lambda root: write(root / "train" / "masks" / "切片 2.png", squares()), "two masks for one image"),
+    (lambda root: write(root / "train" / "切片 2.jpg", noise_picture(1, 96, 128)), "mask for more than one image"),
     (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "its mask: not an image"),
     (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b""), "its mask: the file is empty"),
-    (lambda root: write(root / "train" / "切片 2_mask_2.png", squares()), "two masks for one image: "),
+    (lambda root: write(root / "train" / "切片 2_mask_2.png", squares()), "two masks for one image"),
     (lambda root: write_float(root, "切片 2"), "other numbers than 8 or 16 bit"),
     (lambda root: write(root / "train" / "切片 2_mask.png", np.dstack([squares() * 0] * 3 + [squares()])),
      "only transparency"),
-    (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not an image, or cut short")])
+    (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not an image")])
 def test_masks_that_could_mean_anything_are_refused_by_name(change, words, tmp_path, capfd):
     data = pairs(tmp_path / "data", PLACES["beside"])
     change(data)
@@ -481,14 +507,20 @@ def test_the_public_dataset_refuses_what_it_cannot_read(tmp_path):
 
 
 def test_what_is_held_out_has_a_tumour_and_is_no_giant():
-    def entry(i, patient, tumour):
-        return script.ImageEntry(i, "", str(i), 1, 1, patient=patient, tumour_fraction=0.1 * tumour)
-
-    few = [entry(i, f"p{i}", i == 7) for i in range(20)]
-    giant = [entry(i, f"p{max(0, i - 25)}", True) for i in range(30)]
+    few = [entry_of(i, patient=f"p{i}", tumour=i in (7, 8)) for i in range(20)]
+    giant = [entry_of(i, patient=f"p{max(0, i - 25)}") for i in range(30)]
     for seed in range(20):
-        assert "7" in script.choose_held_out(few, 0.2, seed) and len(script.choose_held_out(few, 0.2, seed)) == 4
-        assert len(script.choose_held_out(giant, 0.2, seed)) == 4  # not the first patient, who has 26 images
+        held = script.choose_held_out(few, 0.2, seed)
+        assert len(held) == 4 and len({"7.png", "8.png"} & {*held}) == 1
+        assert len(script.choose_held_out(giant, 0.2, seed)) == 1  # not the first patient, who has 26 images
+
+
+def test_a_block_that_has_all_tumours_is_cut_in_two():
+    for first in (40, 43):
+        entries = [entry_of(i, tumour=first <= i < first + 2) for i in range(100)]
+        for seed in range(10):
+            held = script.choose_held_out(entries, 0.2, seed)
+            assert len({f"{first}.png", f"{first + 1}.png"} & {*held}) == 1 and 15 <= len(held) <= 23
 
 
 def test_labels_are_checked_of_the_splits_that_the_model_knew(tmp_path, tiny, capfd):
