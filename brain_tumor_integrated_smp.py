@@ -307,7 +307,8 @@ class Split:
         """
         if len(found) >= max(3, 0.05 * of):
             examples = [f"{entry.file_name}, {detail}" for entry, detail in found[:2]]
-            self.problems[f"{kind}, {len(found)} of {of} in {self.folder.name}{causes}"].append("; ".join(examples) + ", ...")
+            kind = f"{kind}, {len(found)} of {of} in {self.folder.name}{causes}"
+            self.problems[kind].append("; ".join(examples) + ", ...")
         else:
             for entry, detail in found:
                 getattr(entry, where)[kind].append(detail)
@@ -975,7 +976,8 @@ def group_images(entries: list[ImageEntry], parts: int) -> list[list[ImageEntry]
         group, = with_tumour
         places = [i for i, images in enumerate(group) if any(entry.tumour_fraction for entry in images)]
         middle = places[len(places) // 2]
-        groups[groups.index(group):][:1] = [part for part in (group[:middle], group[middle:]) if part]
+        halves = [half for half in (group[:middle], group[middle:]) if half]
+        groups = [other for other in groups if other is not group] + halves
     return [sum(group, []) for group in groups]
 
 

@@ -494,4 +494,4 @@ def test_a_test_set_without_any_tumour_is_said_beside_its_scores(tmp_path, capfd
 
     data = make(tmp_path / "data", change, splits=("train", "valid", "test"))
     assert script.main(arguments(data, tmp_path / "out", "--epochs", "1")) == 0
-    assert "No image of test has a tumour: its scores only count false alarms." in capfd.readouterr().out
+    assert "No image of test has a tumour" in capfd.readouterr().out
