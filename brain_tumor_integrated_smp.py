@@ -4,7 +4,7 @@
     python brain_tumor_integrated_smp.py --img-size 128 --epochs 5         any constant, without editing
     python brain_tumor_integrated_smp.py --resume                          continue an interrupted run
     python brain_tumor_integrated_smp.py --audit                           check the data and stop
-    python brain_tumor_integrated_smp.py --evaluate                        threshold and test scores of the best model
+    python brain_tumor_integrated_smp.py --evaluate                        scores of the best model, also on other data
     python brain_tumor_integrated_smp.py --check-labels                    annotations that the best model contradicts
     python brain_tumor_integrated_smp.py --predict scan.png folder/        masks and overlays for new images
     torchrun --nproc-per-node=2 brain_tumor_integrated_smp.py              two GPUs (on Linux), nothing to edit
@@ -1954,7 +1954,7 @@ def train(cfg: Settings, resume: bool) -> None:
                    if value != file[name] and name not in ("DATA_DIR", "OUTPUT_DIR")]
         log(f"Settings of this run that differ from the file: {', '.join(differs) or 'none'}")
     STOP.saved = resume
-    with locked_data(cfg, ["train", "valid", "test"], output) as (splits, cache):
+    with locked_data(cfg, ["train", "valid", "test"]) as (splits, cache):
         samples = (f"Training on the bundled synthetic sample images ({len(splits['train'].entries)}). Use --data-dir "
                    "for your own.") if splits["train"].is_sample else ""
         log(samples)
@@ -1968,7 +1968,7 @@ def train(cfg: Settings, resume: bool) -> None:
             torch.cuda.empty_cache()
         end_processes()
         if rank() == 0:
-            evaluate_checkpoint(cfg, output / BEST, splits, cache)
+            finish_run(cfg, splits, cache)
     log(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
         "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png and "
         "test_report.png.\n"
@@ -2081,7 +2081,8 @@ def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], 
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
-             "test_metrics.csv", "test_predictions.png", "test_report.png", *LABEL_CHECK, LAST)
+             "valid_metrics.csv", "test_metrics.csv", "test_predictions.png", "test_report.png", *LABEL_CHECK, LAST)
+EVALUATION_FILES = ("valid_predictions.png", "valid_report.png", "scores.json")  # what --evaluate writes besides
 FORMAT = 5  # of the state in LAST
 # A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
 RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING_PATIENCE", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE",
@@ -2124,8 +2125,7 @@ def save_run(trainer: Trainer, metadata: dict) -> None:
 
 def write_metadata(checkpoint: Path, metadata: dict) -> None:
     """Write the JSON beside a checkpoint; its "sha256" ties the two together."""
-    content = json.dumps(metadata | {"checkpoint": checkpoint.name}, indent=2, ensure_ascii=False)
-    write_file(checkpoint.with_suffix(".json"), content.encode("utf-8"), required=True)
+    write_json(checkpoint.with_suffix(".json"), metadata | {"checkpoint": checkpoint.name})
 
 
 def read_metadata(checkpoint: Path) -> tuple[dict, str]:
@@ -2301,54 +2301,96 @@ def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, na
 
 def load_for_evaluation(cfg: Settings, checkpoint: Path, splits: dict[str, Split],
                         cache: PixelCache | None) -> tuple[torch.nn.Module, dict[str, BrainTumorDataset]]:
-    """The model, and the splits as it has to see them."""
+    """The model, and the splits as it has to see them. Prints which model it is."""
     model = load_model(checkpoint, cfg=cfg)
     settings = model.prediction_settings
-    settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION  # chosen here, like the threshold
+    settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION
     return model, {name: BrainTumorDataset(Path(cfg.DATA_DIR) / name, settings["img_size"], entries=split.entries,
                                            cache=cache, percentiles=settings["grey_percentiles"])
                    for name, split in splits.items()}
 
 
-def evaluate_checkpoint(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
-    """Find the threshold on valid, score test with it, write the tables and pictures, and update the JSON."""
-    model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
-    metadata, settings, output = model.metadata, model.prediction_settings, Path(cfg.OUTPUT_DIR)
-    counts = torch.from_numpy(np.stack(evaluate_split(model, dataset["valid"], counts_per_threshold, "valid"))).double()
+def choose_threshold(model: torch.nn.Module, valid: BrainTumorDataset) -> np.ndarray:
+    """Give the model the threshold with the highest Dice on valid. Returns the Dice, a mean over images, at each."""
+    counts = torch.from_numpy(np.stack(evaluate_split(model, valid, counts_per_threshold, "valid"))).double()
     dice = mean_of_defined(metrics_from_counts(*counts.unbind(-1))["dice"])[0].nan_to_num(0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the one closest to 0.5
-    threshold = settings["threshold"] = float(THRESHOLDS[chosen])
-    valid = dict(zip(COUNTS, counts[:, chosen].unbind(-1)))
-    patients = {name: [entry.patient for entry in split.entries] if cfg.PATIENT_PATTERN else None
-                for name, split in splits.items()}
-    metadata |= settings | {"valid_metrics": final_scores(metrics_from_counts(*valid.values()) | valid,
-                                                          patients["valid"])}
-    confident = {"valid": counts[:, -1, :2].sum(dim=1).tolist()}  # pixels
-    if "test" in dataset:
-        rows = evaluate_split(model, dataset["test"], functools.partial(score_test_image, threshold=threshold), "test")
-        confident["test"] = [row.pop("confident_px") for row in rows]
-        metadata["test_metrics"] = summarize_test(rows, patients["test"])
-        entries = dataset["test"].entries
-        write_table(output / "test_metrics.csv", [
-            {"file_name": entry.file_name} | ({"patient": entry.patient} if entry.patient else {})
-            | {name: f"{value:.10g}" if math.isfinite(value) else "" for name, value in row.items()}
-            for entry, row in zip(entries, rows)])
-        plot_predictions(output / "test_predictions.png", model, entries, rows)
-        sizes = np.array([entry.tumour_fraction for entry in entries])
-        plot_report(output / "test_report.png", rows, sizes, dice, threshold)
-    print_scores({name: {"images": len(splits[name].entries)} | metadata[f"{name}_metrics"]
-                  for name in splits if name != "train"}, threshold)
-    for name, pixels in confident.items():
-        report_unannotated(name, dataset[name].entries, pixels)
-    for name, found in metadata.get("data_counts", {}).items():  # of the data of the run: others may be evaluated
-        if found.get("near_duplicates") and name in splits and found["images"] == len(splits[name].entries):
-            log(f"  {NEAR_DUPLICATES.format(found['near_duplicates'], found['images'], name)}")
-    if metadata.get("encoder"):  # nothing is written beside a checkpoint whose origin is unknown
-        write_metadata(checkpoint, metadata)
+    model.prediction_settings["threshold"] = float(THRESHOLDS[chosen])
+    return dice
+
+
+def score_split(model: torch.nn.Module, dataset: BrainTumorDataset, name: str) -> list[dict[str, float]]:
+    """score_test_image() of every image of a split, at the model's threshold."""
+    score = functools.partial(score_test_image, threshold=model.prediction_settings["threshold"])
+    return evaluate_split(model, dataset, score, name)
+
+
+def write_scores(folder: Path, name: str, entries: list[ImageEntry], rows: list[dict[str, float]]) -> dict:
+    """Write the scores of a split's images, of score_split(), as NAME_metrics.csv. Returns those of the split."""
+    report_unannotated(name, entries, [row.pop("confident_px") for row in rows])
+    patients = [entry.patient for entry in entries if entry.patient]
+    write_table(folder / f"{name}_metrics.csv", [
+        {"file_name": entry.file_name} | ({"patient": entry.patient} if patients else {})
+        | {column: f"{value:.10g}" if math.isfinite(value) else "" for column, value in row.items()}
+        for entry, row in zip(entries, rows)])
+    return {"images": len(rows)} | summarize_images(rows, patients)
+
+
+def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None) -> None:
+    """At the end of training: find the threshold on valid, score valid and test with it, and add all to the JSON."""
+    output, checkpoint = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / BEST
+    model, datasets = load_for_evaluation(cfg, checkpoint, splits, cache)
+    dice, scores = choose_threshold(model, datasets["valid"]), {}
+    for name in [name for name in ("valid", "test") if name in splits]:
+        rows, entries = score_split(model, datasets[name], name), splits[name].entries
+        scores[name] = write_scores(output, name, entries, rows)
+        if name == "test":
+            plot_scores(output, name, model, entries, rows, dice)
+    threshold = model.prediction_settings["threshold"]
+    print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid.")
+    for name in scores:
+        if splits[name].near_duplicates:
+            log(f"  {NEAR_DUPLICATES.format(splits[name].near_duplicates, len(splits[name].entries), name)}")
+    metadata = model.metadata | model.prediction_settings
+    write_metadata(checkpoint, metadata | {f"{name}_metrics": found for name, found in scores.items()})
     if str(metadata.get("encoder_weights_from")).startswith("random ("):
         warn("this model started from RANDOM weights, because the ImageNet weights were not available: its scores are "
              "lower than they could be.")
+
+
+def evaluate(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: PixelCache | None) -> None:
+    """Score a model, as it is, on the splits that there are: JSON, tables and pictures in OUTPUT_DIR/evaluation."""
+    model, datasets = load_for_evaluation(cfg, checkpoint, splits, cache)
+    log(describe_checkpoint(model, checkpoint))
+    rows = {name: score_split(model, dataset, name) for name, dataset in datasets.items()}
+    folder, scores = new_folder(cfg, "evaluation"), {}
+    for name, split in splits.items():
+        scores[name] = write_scores(folder, name, split.entries, rows[name])
+        plot_scores(folder, name, model, split.entries, rows[name])
+    print_scores(scores, f"Scores of {cfg.DATA_DIR}.")
+    settings = {name: model.prediction_settings[name] for name in ("threshold", "test_time_augmentation")}
+    write_json(folder / "scores.json", {
+        "data_dir": cfg.DATA_DIR, "checkpoint": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **settings, "convention": CONVENTION,
+        **{f"{name}_metrics": found for name, found in scores.items()}})
+    log(f"Scores, tables and pictures: {folder}. The model is as it was.")
+
+
+def describe_checkpoint(model: torch.nn.Module, checkpoint: Path) -> str:
+    """A line that says which model is used, and whether its threshold is one."""
+    unchosen = bool(model.metadata) and "valid_metrics" not in model.metadata
+    return (f"Checkpoint {checkpoint}, threshold {model.prediction_settings['threshold']:.2f}"
+            + ", which was never chosen, because its run has not ended (see --resume)" * unchosen
+            + f", device {next(model.parameters()).device}")
+
+
+def new_folder(cfg: Settings, name: str) -> Path:
+    """Make a folder NAME, or NAME_2, ..., in OUTPUT_DIR."""
+    folder = next(path for number in itertools.count(1) if not (
+        path := Path(cfg.OUTPUT_DIR) / f"{name}{f'_{number}' * (number > 1)}").exists())
+    folder.mkdir()
+    return folder
 
 
 def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[float]) -> None:
@@ -2357,40 +2399,39 @@ def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[
     found = [entry.file_name for entry, pixels in empty if pixels >= CONFIDENT_FRACTION * entry.height * entry.width]
     if len(empty) >= 5 and len(found) >= len(empty) / 2:
         warn(f"in {len(found)} of {len(empty)} images of {name} without annotation, a tumour is predicted with "
-             "confidence.\nPerhaps nobody annotated them: the scores above count these predictions as mistakes.\n"
+             "confidence.\nPerhaps nobody annotated them: the scores count these predictions as mistakes.\n"
              f"Look at {', '.join(found[:3])}, and see UNANNOTATED.")
 
 
-def summarize_test(rows: list[dict[str, float]], patients: list[str] | None) -> dict:
-    """final_scores() of the rows of test_metrics.csv, with mean HD95 and the number of lesions."""
+def summarize_images(rows: list[dict[str, float]], patients: list[str]) -> dict:
+    """final_scores() of score_test_image() of all images, with mean HD95 and the number of lesions."""
     columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     lesions = {name: int(columns.pop(name).sum()) for name in ("lesions", "lesions_found", "false_lesions")}
     return final_scores(columns, patients) | lesions
 
 
-def print_scores(metrics: dict[str, dict], threshold: float) -> None:
-    """Print the scores of the splits side by side, under their names in the JSON; of the pooled ones only Dice."""
+def print_scores(metrics: dict[str, dict], title: str) -> None:
+    """Print the scores of splits side by side, under their names in the JSON; of the pooled ones only Dice."""
     def cell(scores, row):
         value, interval, count = scores.get(row, ""), scores.get(f"{row}_95_ci"), scores.get(f"{row}_n")
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
                 + f" n={count}" * (count is not None)).ljust(32)
 
-    log(f"\nThreshold {threshold:.2f} gives the best Dice on valid. Scores at the original resolution, with 95 % "
-        "confidence\nintervals: means over images, if not said otherwise. Where n is given, only so many have that "
-        "score: without\ntumour, annotated or predicted, there is no Dice; a false alarm in a tumour-free image has "
-        "Dice 0.")
+    log(f"\n{title} Scores at the original resolution, with 95 % confidence\nintervals: means over images, if not "
+        "said otherwise. Where n is given, only so many have that score: without\ntumour, annotated or predicted, "
+        "there is no Dice; a false alarm in a tumour-free image has Dice 0.")
     log(" " * 31 + "".join(name.ljust(32) for name in metrics).rstrip())
     for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
         if row in ("images", "pooled_dice") or not re.search("_95_ci$|_n$|^pooled_|lesions", row):
             log("  " + row.ljust(29) + "".join(cell(scores, row) for scores in metrics.values()).rstrip())
-    if found := metrics.get("test"):
-        log(f"  Lesions detected: {found['lesions_found']} of {found['lesions']} (any overlap); false positives: "
-            f"{found['false_lesions']}")
-    if found and "dice_with_tumour" not in found:
-        log("  No image of test has a tumour, and "
-            + ("its Dice only counts false alarms." if "dice" in found else "none is predicted: there is no Dice."))
-    if "dice_per_patient_mean" not in metrics["valid"]:
+    for name, found in metrics.items():
+        log(f"  Lesions detected in {name}: {found['lesions_found']} of {found['lesions']} (any overlap); false "
+            f"positives: {found['false_lesions']}")
+        if "dice_with_tumour" not in found:
+            log(f"  No image of {name} has a tumour, and " + (
+                "its Dice only counts false alarms." if "dice" in found else "none is predicted: there is no Dice."))
+    if not any("dice_per_patient_mean" in found for found in metrics.values()):
         log("  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.")
 
 
@@ -2458,7 +2499,8 @@ def find_images(sources: list[str]) -> list[Path]:
             for path in (Path(folder) / name for name in sorted(names)):
                 inside = path.relative_to(source)
                 earlier = inside.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(inside.parent)
-                if path.name in RUN_FILES or is_mask_file(inside) or earlier or inside.stem.endswith("_overlay"):
+                own = path.name in RUN_FILES + EVALUATION_FILES or inside.stem.endswith("_overlay")
+                if own or is_mask_file(inside) or earlier:
                     left_out["named like a mask or a result of this script"] += 1
                 elif path.suffix.lower() in IMAGE_SUFFIXES:
                     files.append(path)
@@ -2500,12 +2542,11 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     others; TrainerError lists them at the end.
     """
     files, model = find_images(sources), load_model(checkpoint, cfg=cfg)
-    folder = next(path for number in itertools.count(1) if not (
-        path := Path(cfg.OUTPUT_DIR) / f"predictions{f'_{number}' * (number > 1)}").exists())
+    model.prediction_settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION
+    folder = new_folder(cfg, "predictions")
     for name in PREDICTED:
-        (folder / name).mkdir(parents=True)
-    log(f"Checkpoint {checkpoint}, threshold {model.prediction_settings['threshold']:.2f}, "
-        f"device {find_device(cfg.DEVICE)}")
+        (folder / name).mkdir()
+    log(describe_checkpoint(model, checkpoint))
     coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumour"}]}
     bad, rows = [], []
     try:
@@ -2670,39 +2711,51 @@ def plot_history(path: Path, history: list[dict], images: int) -> None:
     save_figure(path, figure)
 
 
-def plot_report(path: Path, rows: list[dict], sizes: np.ndarray, dice: np.ndarray, threshold: float) -> None:
-    """Of test, the distribution of Dice and Dice against tumour size; of valid, Dice against the threshold.
+def plot_scores(folder: Path, name: str, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict],
+                dice: np.ndarray | None = None) -> None:
+    """Write NAME_predictions.png and NAME_report.png of a split. rows, dice: see plot_report()."""
+    plot_predictions(folder / f"{name}_predictions.png", model, entries, rows)
+    sizes = np.array([entry.tumour_fraction for entry in entries])
+    plot_report(folder / f"{name}_report.png", name, rows, sizes, model.prediction_settings["threshold"], dice)
 
-    rows: of test_metrics.csv. sizes: fraction of each of these images that is tumour. dice: of valid at THRESHOLDS.
+
+def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, threshold: float,
+                dice: np.ndarray | None = None) -> None:
+    """Of a split, the distribution of Dice and Dice against tumour size; of valid, Dice against the threshold.
+
+    rows: of score_test_image(). sizes: fraction of each of these images that is tumour. dice: of valid at THRESHOLDS,
+    if the threshold was chosen by it.
     """
-    figure, found = Figure(figsize=(15, 4.5), layout="constrained"), np.array([row["dice"] for row in rows])
-    histogram, size, curve = figure.subplots(1, 3)
+    panels = 2 if dice is None else 3
+    figure, found = Figure(figsize=(5 * panels, 4.5), layout="constrained"), np.array([row["dice"] for row in rows])
+    histogram, size, *curve = figure.subplots(1, panels)
     tumour, alarm = sizes > 0, (sizes == 0) & np.isfinite(found)
     histogram.hist([found[tumour], found[alarm]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
                    label=[f"with tumour ({tumour.sum()})", f"without tumour, false alarm ({alarm.sum()} of "
                           f"{(~tumour).sum()})"])
     histogram.yaxis.get_major_locator().set_params(integer=True)
-    histogram.set(title=f"Test, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
+    histogram.set(title=f"{name}, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
-    size.set(title="Test images with tumour", xlabel="size of the tumour, % of the image (log scale)", ylabel="Dice",
-             ylim=(-0.03, 1.03))
+    size.set(title=f"{name}, images with tumour", xlabel="size of the tumour, % of the image (log scale)",
+             ylabel="Dice", ylim=(-0.03, 1.03))
     if tumour.any():
         size.set_xscale("log")
         size.xaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))  # more labels would overlap
         size.xaxis.set_minor_formatter("{x:g}")
         size.xaxis.set_major_formatter("{x:g}")
-    curve.plot(THRESHOLDS, dice, marker=".")
-    curve.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"chosen: {threshold:.2f}")
-    curve.set(title="Validation", xlabel="threshold", ylabel="Dice (mean over images)", xlim=(0, 1), ylim=(0, 1))
-    for axis in (histogram, size, curve):
-        axis.grid(alpha=0.3)
     histogram.legend(fontsize=8)
-    curve.legend(fontsize=8)
+    for axis in curve:
+        axis.plot(THRESHOLDS, dice, marker=".")
+        axis.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"chosen: {threshold:.2f}")
+        axis.set(title="valid", xlabel="threshold", ylabel="Dice (mean over images)", xlim=(0, 1), ylim=(0, 1))
+        axis.legend(fontsize=8)
+    for axis in (histogram, size, *curve):
+        axis.grid(alpha=0.3)
     save_figure(path, figure)
 
 
 def case_caption(row: dict[str, float]) -> str:
-    """What stands below a test image, from its scores, see score_test_image()."""
+    """What stands below an image, from its scores, see score_test_image()."""
     if row["lesions"] == 0:
         return "no tumour: false positive" if row["false_positive_px"] else "no tumour: correct"
     found = "HD95 {hd95_px:.0f} px" if math.isfinite(row["hd95_px"]) else "not found"
@@ -2710,7 +2763,7 @@ def case_caption(row: dict[str, float]) -> str:
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict], each: int = 2):
-    """Best, median and worst test cases among those that have a Dice. rows: of score_test_image() for the entries."""
+    """Best, median and worst of the images that have a Dice. rows: of score_test_image() for the entries."""
     with_dice = [i for i, row in enumerate(rows) if math.isfinite(row["dice"])]
     order = sorted(with_dice, key=lambda i: -rows[i]["dice"]) or [*range(len(rows))][:each]
     middle = max(0, len(order) // 2 - each // 2)
@@ -2718,7 +2771,7 @@ def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntr
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
         cases |= {i: label for i in part if i not in cases}
     plot_cases(path, model, [(entries[i], f"{cases[i]}: ", case_caption(rows[i])) for i in order if i in cases],
-               "Test images")
+               "Best, median and worst images")
 
 
 def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str) -> None:
@@ -2839,7 +2892,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue the interrupted run in OUTPUT_DIR")
     group.add_argument("--audit", action="store_true", help="check the data, print what was found, and stop")
-    group.add_argument("--evaluate", action="store_true", help="only find the threshold and score the test set")
+    group.add_argument("--evaluate", action="store_true", help="score the best model, as it is, on DATA_DIR")
     group.add_argument("--check-labels", action="store_true", help="list annotations that the best model contradicts")
     group.add_argument("--predict", nargs="+", metavar="PATH", help="segment image files, or all images of folders")
     parser.add_argument("--checkpoint", metavar="FILE",
@@ -2957,6 +3010,9 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     if rank() > 0:  # the first process does without the others
         return
     check_gpu(cfg)
+    metadata = read_metadata(checkpoint)[0]
+    if metadata and not hasattr(mode, "TEST_TIME_AUGMENTATION"):  # no flag: as the model was evaluated
+        cfg.TEST_TIME_AUGMENTATION = metadata.get("test_time_augmentation", False)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
@@ -2966,7 +3022,6 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
         # What counts as tumour, and how images are read, are those of the run that made the checkpoint.
-        metadata = read_metadata(checkpoint)[0]
         for name in ("CATEGORIES", "UNANNOTATED"):
             trained = metadata.get("settings", {}).get(name, getattr(cfg, name))
             trained = tuple(trained) if isinstance(trained, list) else trained
@@ -2976,12 +3031,9 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
         cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
-        names, held_out = ["valid", "test"], metadata.get("held_out", [])
-        if mode.check_labels:  # whatever there is
-            there = [name for name in ("train", *names) if split_folder(cfg, name).is_dir()] or ["train"]
-            names = there + ["valid"] * (bool(held_out) and "valid" not in there)
-        with locked_data(cfg, names, checkpoint.parent, Path(cfg.OUTPUT_DIR), held_out=held_out) as (splits, cache):
-            (check_labels if mode.check_labels else evaluate_checkpoint)(cfg, checkpoint, splits, cache)
+        names, use = (["train", "valid", "test"], check_labels) if mode.check_labels else (["valid", "test"], evaluate)
+        with locked_data(cfg, names, held_out=metadata.get("held_out", []), training=False) as (splits, cache):
+            use(cfg, checkpoint, splits, cache)
 
 
 # ===== Plumbing: the machine ==========================================================================================
@@ -3133,22 +3185,21 @@ def ending_together():
 
 
 @contextlib.contextmanager
-def locked_data(cfg: Settings, names: list[str], *folders: Path, held_out: list[str] | None = None,
-                training: bool = True):
-    """Lock folders for this run, and give what prepare_data() returns to all processes.
+def locked_data(cfg: Settings, names: list[str], held_out: list[str] | None = None, training: bool = True):
+    """Lock OUTPUT_DIR for this run, and give what prepare_data() returns to all processes.
 
-    Each machine reads its data once, into a cache that belongs to the first folder and is removed at the end of the
-    block. Raises TrainerError.
+    Each machine reads its data once, into a cache that belongs to OUTPUT_DIR and is removed at the end of the block.
+    Raises TrainerError.
     """
-    local_rank, data = int(os.environ.get("LOCAL_RANK", 0)), None
+    local_rank, data, folder = int(os.environ.get("LOCAL_RANK", 0)), None, Path(cfg.OUTPUT_DIR)
     with contextlib.ExitStack() as stack:
         with ending_together():  # before anybody touches the cache
-            for folder in {folder.resolve() for folder in folders} if rank() == 0 else ():
+            if rank() == 0:
                 stack.enter_context(lock_folder(folder))
         with ending_together():
             if local_rank == 0:
-                stack.callback(remove_cache, folders[0])
-                data = prepare_data(cfg, names, folders[0], held_out, training)
+                stack.callback(remove_cache, folder)
+                data = prepare_data(cfg, names, folder, held_out, training)
         yield gather(data)[rank() - local_rank]  # of the first process of this machine
 
 
@@ -3287,6 +3338,11 @@ def write_table(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, table.getvalue().encode("utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that people read, too. Raises TrainerError."""
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8"), required=True)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

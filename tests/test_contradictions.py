@@ -494,4 +494,5 @@ def test_a_test_set_without_any_tumour_is_said_beside_its_scores(tmp_path, capfd
 
     data = make(tmp_path / "data", change, splits=("train", "valid", "test"))
     assert script.main(arguments(data, tmp_path / "out", "--epochs", "1")) == 0
-    assert "No image of test has a tumour" in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert "No image of test has a tumour, and " in text and "No image of valid" not in text

@@ -102,8 +102,9 @@ def test_the_json_is_the_record_of_the_run_and_holds_what_other_code_needs(recor
         for name, images in (("train", 32), ("valid", 8), ("test", 8))}
     bounded = [name + kind for name in ("dice", "iou") for kind in ("", "_with_tumour")]
     final = {*SCORES, *POOLED, "tumour_free_predicted_empty", *bounded, *(f"{name}_95_ci" for name in bounded)}
-    for split, names in (("valid", final), ("test", final | {*EXTENT})):  # and how many images have a score
-        assert {name.removesuffix("_n") for name in record[f"{split}_metrics"]} == names
+    for split in ("valid", "test"):  # and how many images have a score
+        names = {name.removesuffix("_n") for name in record[f"{split}_metrics"]}
+        assert names == {"images", *final, *EXTENT}
     assert "denominator is 0" in record["convention"]
     assert all(0 <= record[f"{split}_metrics"][name] <= 1 for split in ("valid", "test") for name in SCORES + POOLED)
 
@@ -135,8 +136,9 @@ def test_the_checkpoint_is_that_of_the_best_epoch(record, out, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_test_table_has_a_row_per_image_that_adds_up(record, out):
-    rows, masks, found = table(out / "test_metrics.csv"), truths("test"), record["test_metrics"]
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_the_table_of_scores_has_a_row_per_image_that_adds_up(split, record, out):
+    rows, masks, found = table(out / f"{split}_metrics.csv"), truths(split), record[f"{split}_metrics"]
     assert [row["file_name"] for row in rows] == list(masks)
     assert list(rows[0]) == ["file_name", *SCORES, *COUNTS, *EXTENT]
     for row in rows:
@@ -192,8 +194,8 @@ def test_the_console_tells_what_matters(trained, record):
                   f"{found['hd95_px']:.4f}",
                   f"dice_with_tumour             {record['valid_metrics']['dice_with_tumour']:.4f}",
                   f"tumour_free_predicted_empty  {record['valid_metrics']['tumour_free_predicted_empty']:.4f}",
-                  f"Lesions detected: {found['lesions_found']} of 9 (any overlap); false positives: ", script.BEST,
-                  "training_history.png", "training_samples.png", "test_predictions.png"):
+                  f"Lesions detected in test: {found['lesions_found']} of 9 (any overlap); false positives: ",
+                  script.BEST, "training_history.png", "training_samples.png", "test_predictions.png"):
         assert words in trained[1].stdout
     sentence = "Training on the bundled synthetic sample images (32). Use --data-dir for your own.\n"
     assert trained[1].stdout.count(sentence) == 2 and trained[1].stdout.endswith(sentence)

@@ -90,9 +90,10 @@ def test_scores_are_per_patient_in_the_json_the_table_and_the_printed_lines(tmp_
     assert record["data_counts"]["test"]["patients"] == 2
     # The pattern of the run is that of its evaluation, too, unless there is another one.
     assert script.main(arguments(data, out, "--evaluate")) == 0
-    assert json.loads((out / script.BEST).with_suffix(".json").read_text())["test_metrics"] == record["test_metrics"]
+    assert json.loads((out / "evaluation" / "scores.json").read_text())["test_metrics"] == record["test_metrics"]
     assert script.main(arguments(data, out, "--evaluate", "--patient-pattern", r"(\d)\w+_")) == 0
-    assert (out / "test_metrics.csv").read_text().splitlines()[1].startswith("p0test_0.png,0,")
+    rows = (out / "evaluation_2" / "test_metrics.csv").read_text().splitlines()
+    assert rows[1].startswith("p0test_0.png,0,")
 
 
 # ===== No valid folder ================================================================================================
@@ -114,8 +115,7 @@ def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tin
     scores = record["valid_metrics"]
     assert script.main(arguments(data, out, "--evaluate", "--seed", 9, "--valid-share", 0.5)) == 0
     assert table(capfd.readouterr().out)["images"] == ["4", "20"]
-    again = json.loads((out / script.BEST).with_suffix(".json").read_text(encoding="utf-8"))
-    assert again["valid_metrics"] == scores and again["held_out"] == names
+    assert json.loads((out / "evaluation" / "scores.json").read_text(encoding="utf-8"))["valid_metrics"] == scores
     # Without one of them, the scores would be others.
     coco_path = data / "train" / script.ANNOTATION_FILE
     coco = json.loads(coco_path.read_text())

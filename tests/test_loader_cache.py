@@ -101,9 +101,9 @@ def test_with_the_cache_every_file_is_decoded_exactly_once_in_a_run(runs, name):
 
 
 def test_without_a_cache_files_are_decoded_in_every_epoch(runs):
-    """The counter of the test above counts: audit, three epochs, and for valid and test the evaluation."""
+    """The counter of the test above counts: audit, three epochs, threshold, and scores of valid and test."""
     reads = {(path.parts[0], count) for path, count in runs["not cached"][1].items()}
-    assert reads == {("train", 1 + 3), ("valid", 1 + 3 + 1), ("test", 1 + 1)}
+    assert reads == {("train", 1 + 3), ("valid", 1 + 3 + 2), ("test", 1 + 1)}
 
 
 @pytest.mark.parametrize("name", ["cached", "cached, with workers"])

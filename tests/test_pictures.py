@@ -99,7 +99,9 @@ def test_the_report_shows_any_number_of_images(sizes, tmp_path, figures):
     """Of two images without tumour one has a false alarm, and so a Dice."""
     rows, dice = [{"dice": 1 - size} for size in sizes], np.linspace(0.5, 0.7, len(script.THRESHOLDS))
     rows[0]["dice"] = rows[0]["dice"] if sizes[0] else np.nan
-    script.plot_report(tmp_path / "a.png", rows, np.array(sizes), dice, 0.35)
+    script.plot_report(tmp_path / "b.png", "test", rows, np.array(sizes), 0.35)
+    assert len(figures.pop().axes) == 2  # without the Dice of valid
+    script.plot_report(tmp_path / "a.png", "test", rows, np.array(sizes), 0.35, dice)
     found, tumours, alarms = texts(figures[0]), sum(size > 0 for size in sizes), int(sizes[1:2] == [0])
     assert {f"with tumour ({tumours})", "chosen: 0.35"} <= {*found}
     assert f"without tumour, false alarm ({alarms} of {len(sizes) - tumours})" in found

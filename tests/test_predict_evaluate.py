@@ -99,12 +99,26 @@ def write_cases(folder, *cases):
     write_coco(folder, images, notes)
 
 
+def table(path):
+    """The rows of a table, none if there is no such file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+
+
+def finish(path, data, *words):
+    """End a run that has this best model; returns (its metadata, the rows of test_metrics.csv)."""
+    words = ["--data-dir", data, "--output-dir", path.parent, "--device", "cpu", *words]
+    cfg, _ = script.read_settings([str(word) for word in words])
+    script.finish_run(cfg, script.prepare_data(cfg, ["valid", "test"], training=False)[0], None)
+    return script.read_metadata(path)[0], table(path.parent / "test_metrics.csv")
+
+
 def evaluate(path, data, *words):
-    """Run --evaluate on a checkpoint; returns (its metadata after it, the rows of test_metrics.csv)."""
-    out = path.parent / "out"
+    """Run --evaluate, which leaves the checkpoint as it was; returns (scores.json, the rows of test_metrics.csv)."""
+    before, out = {file: file.read_bytes() for file in path.parent.glob("unet*")}, path.parent / "out"
     assert main("--evaluate", "--checkpoint", path, "--data-dir", data, "--output-dir", out, *words) == 0
-    lines = "".join(file.read_text(encoding="utf-8") for file in out.glob("test_metrics.csv")).splitlines()
-    return script.read_metadata(path)[0], list(csv.DictReader(lines))
+    assert before == {file: file.read_bytes() for file in path.parent.glob("unet*")}
+    folder = max(out.glob("evaluation*"), key=lambda folder: int(folder.name.partition("_")[2] or 1))
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8")), table(folder / "test_metrics.csv")
 
 
 def predict(path, out, *words):
@@ -482,20 +496,23 @@ def test_evaluation_prediction_and_predict_mask_use_test_time_augmentation_alike
         write_cases(data / split, ([(20, 30, 10, 10)], picture))
     path = saved(tmp_path / "run", bright(shift=1))
     for words, augmented, dice in (([], False, 0.9), (["--test-time-augmentation"], True, 20 / 22), ([], False, 0.9)):
-        metadata, rows = evaluate(path, data, *words)
-        assert metadata["test_time_augmentation"] is augmented and metadata["threshold"] == 0.5
-        assert metadata["valid_metrics"]["dice"] == metadata["test_metrics"]["dice"] == pytest.approx(dice)
-        assert float(rows[0]["dice"]) == pytest.approx(dice)
-        model = script.load_model(path, "cpu")
-        mask = script.predict_mask(model, np.dstack([picture] * 3))
+        # At the end of a run, which the JSON records; then whatever the JSON says, where a flag says otherwise.
+        for found, rows in (finish(path, data, *words), evaluate(path, data, *words)):
+            assert found["test_time_augmentation"] is augmented and found["threshold"] == 0.5
+            assert found["valid_metrics"]["dice"] == found["test_metrics"]["dice"] == pytest.approx(dice)
+            assert float(rows[0]["dice"]) == pytest.approx(dice)
+        mask = script.predict_mask(script.load_model(path, "cpu"), np.dstack([picture] * 3))
         left = np.roll(picture, -1, 1) if augmented else 0
         assert np.array_equal(mask, np.maximum(np.roll(picture, 1, 1), left) // 255)
-        out = tmp_path / f"masks_{len(names(tmp_path))}"
-        assert predict(path, out, data / "test") == 0
-        assert np.array_equal(script.read_image(out / "predictions" / "masks" / "切片_0.png")[..., 0], 255 * mask)
+        for flag in ([], ["--no-test-time-augmentation"], ["--test-time-augmentation"]):
+            out = tmp_path / f"masks_{len(names(tmp_path))}"
+            assert predict(path, out, data / "test", *flag) == 0
+            left = np.roll(picture, -1, 1) if (augmented if not flag else "--no" not in flag[0]) else 0
+            expected = np.maximum(np.roll(picture, 1, 1), left)
+            assert np.array_equal(script.read_image(out / "predictions" / "masks" / "切片_0.png")[..., 0], expected)
 
 
-# --- --evaluate
+# --- the end of a run, and --evaluate
 
 
 DECOY = [([(8, 8, 20, 20)], filled([(8, 8, 20, 20, 102), (40, 40, 16, 16, 51)]))]
@@ -510,7 +527,7 @@ UNEQUAL = [([(2, 2, 50, 20)], filled([(2, 2, 50, 20, 184), (2, 40, 50, 10, 138)]
 def test_the_threshold_is_the_least_extreme_of_the_best_on_valid(tmp_path, tiny, cases, middle, threshold, dice):
     """Of tumour and decoy, probabilities 0.269 and 0.047, or 0.731 and 0.269, or 0.953 and 0.731."""
     write_cases(tmp_path / "data" / "valid", *cases)
-    metadata, rows = evaluate(saved(tmp_path / "run", bright(10, middle)), tmp_path / "data")
+    metadata, rows = finish(saved(tmp_path / "run", bright(10, middle)), tmp_path / "data")
     assert metadata["threshold"] == threshold and rows == []
     assert metadata["valid_metrics"]["dice"] == pytest.approx(dice)
 
@@ -528,7 +545,7 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     data = tmp_path / "data"
     write_cases(data / "test", *[(annotated, filled(boxes)) for annotated, boxes, _ in cases])
     write_cases(data / "valid", ([block], filled([(*block, 255)])))
-    metadata, rows = evaluate(saved(tmp_path / "run"), data)
+    metadata, rows = finish(saved(tmp_path / "run"), data)
     columns = ("dice", "hd95_px", "lesions", "lesions_found", "false_lesions")
     for row, (_, _, numbers) in zip(rows, cases, strict=True):
         assert [row[name] and float(row[name]) for name in columns] == [
@@ -556,8 +573,8 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
                  f"  {'precision':29}{'1.0000':32}0.6750 n=4\n",
                  f"  {'dice_with_tumour':29}{'1.0000':32}{cell('dice_with_tumour')}\n",
                  f"  {'tumour_free_predicted_empty':29}{'':32}0.5000\n",
-                 f"  {'hd95_px':29}{'':32}{found['hd95_px']:.4f} n=3\n",
-                 "  Lesions detected: 3 of 4 (any overlap); false positives: 1\n",
+                 f"  {'hd95_px':29}{'0.0000':32}{found['hd95_px']:.4f} n=3\n",
+                 "  Lesions detected in test: 3 of 4 (any overlap); false positives: 1\n",
                  "  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.\n"):
         assert line in out, out
     assert not any(name in out for name in ("pooled_iou", "_95_ci", "lesions_found"))
@@ -582,7 +599,7 @@ def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monke
     record = json.loads((out / script.BEST).with_suffix(".json").read_text("utf-8"), parse_constant=no_nan)
     assert record["best_epoch"] == 1 and "dice" not in record["valid_metrics_at_img_size"]
     assert record["valid_metrics"]["dice"] == 0 and record["threshold"] == 0.5
-    assert record["test_metrics"] == {"tumour_free_predicted_empty": 1, "lesions": 0, "lesions_found": 0,
+    assert record["test_metrics"] == {"images": 1, "tumour_free_predicted_empty": 1, "lesions": 0, "lesions_found": 0,
                                       "false_lesions": 0}
     rows = [list(csv.DictReader((out / f"{name}.csv").read_text("utf-8").splitlines()))
             for name in ("training_history", "test_metrics")]
@@ -600,7 +617,9 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny,
         cases.append(([where], np.maximum(blurred, filled([(*where, 160)], (height, width)))))
     write_cases(data / "test", *cases)
     write_cases(data / "valid", *cases[4:])
-    _, rows = evaluate(path, data, *["--test-time-augmentation"] * augmented)
+    _, rows = finish(path, data, *["--test-time-augmentation"] * augmented)
+    assert [row | {"file_name": ""} for row in table(path.parent / "valid_metrics.csv")] == [
+        row | {"file_name": ""} for row in rows[4:]]
     model, total = script.load_model(path, "cpu"), 0
     for i, (row, (boxes, picture)) in enumerate(zip(rows, cases, strict=True)):
         mask, truth = script.predict_mask(model, np.dstack([picture] * 3)), filled([(*boxes[0], 1)], picture.shape)
@@ -614,11 +633,12 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny,
 @pytest.mark.parametrize("words", [[], ["--categories", "oedema"], ["--categories", "tumor"]])
 def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(one_kind, tmp_path, tiny, capsys, words):
     data, run, _ = one_kind
-    metadata, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
+    found, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
     before = script.read_metadata(run / script.BEST)[0]
-    assert metadata["threshold"] == before["threshold"] and metadata["settings"]["CATEGORIES"] == ["tumor"]
+    assert found["sha256"] == before["sha256"] and found["data_dir"] == str(data)
+    assert found["threshold"] == before["threshold"] and found["convention"] == before["convention"]
     for split in ("valid_metrics", "test_metrics"):
-        assert metadata[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
+        assert found[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
     tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
     assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
     said = "evaluated is what the model was trained on: ('tumor',)" in capsys.readouterr().out
@@ -630,15 +650,42 @@ def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kin
     counts = script.read_metadata(run / script.BEST)[0]["data_counts"]
     assert {name: part["near_duplicates"] for name, part in counts.items()} == {"train": 0, "valid": 1, "test": 0}
     sentence = "1 of 3 valid images look like an image in train: scores may be too good for new patients"
+    assert text.count(sentence) == 2 and "test images look like" not in text  # in the audit, and below the scores
     evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data)
-    again = capsys.readouterr().out
-    assert text.count(sentence) == 2 and again.count(sentence) == 1  # in the audit, and below the scores
-    assert "test images look like" not in text + again
-    other = tmp_path / "other"
-    for split in ("valid", "test"):
-        write_cases(other / split, ([(0, 0, 64, 64)], filled([(0, 0, 64, 64, 102)])))
-    evaluate(tmp_path / "run" / script.BEST, other)
-    assert "look like" not in capsys.readouterr().out  # it was said of the data of the run
+    assert "look like" not in capsys.readouterr().out  # train is not known
+
+
+def test_evaluation_scores_what_is_there_and_leaves_the_model_alone(tmp_path, tiny, capsys):
+    """At another site: at 0.60 nothing is found there, and a lower threshold would be better."""
+    path, data = saved(tmp_path / "run", bright(10), threshold=0.6, valid_metrics={}), tmp_path / "data"
+    faint = ([(8, 8, 20, 20)], filled([(8, 8, 20, 20, 120)]))
+    for count, splits in enumerate((["valid"], ["test"], ["valid", "test"]), 1):
+        shutil.rmtree(data, ignore_errors=True)
+        for split in splits:
+            write_cases(data / split, faint, ([], filled([])))
+        found, _ = evaluate(path, data)
+        assert {name for name in found if name.endswith("_metrics")} == {f"{split}_metrics" for split in splits}
+        folder = path.parent / "out" / f"evaluation{f'_{count}' * (count > 1)}"
+        assert names(folder) == sorted(["scores.json", *(f"{split}_{kind}" for split in splits for kind in (
+            "metrics.csv", "predictions.png", "report.png"))])
+        for split in splits:
+            assert found[f"{split}_metrics"]["images"] == 2 and found[f"{split}_metrics"]["dice"] == 0
+        assert found["threshold"] == 0.6 and "never chosen" not in capsys.readouterr().out
+    write_cases(data / "none" / "test", ([], filled([])))  # no tumour anywhere
+    assert "dice" not in evaluate(path, data / "none")[0]["test_metrics"]
+    (tmp_path / "empty").mkdir()
+    assert main("--evaluate", "--checkpoint", path, "--data-dir", tmp_path / "empty", "--output-dir", tmp_path) == 2
+
+
+def test_a_threshold_that_was_never_chosen_is_said(tmp_path, tiny, capsys):
+    path, data = saved(tmp_path / "run"), tmp_path / "data"
+    write_cases(data / "valid", ([(8, 8, 20, 20)], filled([(8, 8, 20, 20, 255)])))
+    for chosen in (False, True):
+        evaluate(path, data)
+        assert predict(path, tmp_path / "out", data / "valid") == 0
+        assert capsys.readouterr().out.count("threshold 0.50, which was never chosen") == 2 * (not chosen)
+        finish(path, data)
+        capsys.readouterr()
 
 
 def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_path, tiny):
@@ -652,7 +699,7 @@ def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_pa
         assert float(evaluate(path, data, *words)[1][0]["dice"]) == share
         assert predict(path, out, data / "test", *words) == 0
         assert script.read_image(out / "predictions" / "masks" / "切片_0.png").mean() == 255 * share
-    assert set(names(path.parent)) - {".brain_tumor.lock"} == {"out", script.BEST}
+    assert set(names(path.parent)) == {"out", script.BEST}
 
 
 # --- --predict
@@ -662,7 +709,7 @@ def test_predict_writes_a_folder_one_can_work_with(tmp_path, tiny, capsys):
     (tmp_path / "影像").mkdir()
     image, out = tmp_path / "影像" / "扫描 1.png", tmp_path / "out"
     script.write_image(image, filled([(10, 16, 32, 12, 255), (50, 40, 4, 4, 255)], (60, 64)))
-    assert predict(saved(tmp_path, threshold=0.35), out, image) == 0
+    assert predict(saved(tmp_path, threshold=0.35, valid_metrics={}), out, image) == 0
     folder = out / "predictions"
     assert names(out) == ["predictions"]
     assert names(folder) == ["_annotations.coco.json", "images", "masks", "overlays", "predictions.csv"]

@@ -201,13 +201,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 def test_evaluation_gives_the_numbers_of_one_process(tmp_path):
     """Of the same model: to the last bit, because every image is scored by itself."""
-    one = case("sgd")[0]
-    copy_run(one, tmp_path / "again")
-    (tmp_path / "again" / "test_metrics.csv").unlink()
-    codes, outputs = together(arguments(tmp_path / "again", "--evaluate"), network=plain_network)
+    one, again = case("sgd")[0], tmp_path / "again"
+    copy_run(one, again)
+    codes, outputs = together(arguments(again, "--evaluate"), network=plain_network)
     assert codes == [0, 0] and outputs[1] == "", outputs  # the first one does it alone
-    for name in ("test_metrics.csv", "unet_plusplus_best.json"):
-        assert (tmp_path / "again" / name).read_text() == (one / name).read_text()
+    assert (again / "evaluation" / "test_metrics.csv").read_text() == (one / "test_metrics.csv").read_text()
+    found, record = (json.loads(path.read_text()) for path in (again / "evaluation" / "scores.json",
+                                                               one / "unet_plusplus_best.json"))
+    assert found["valid_metrics"] == record["valid_metrics"] and found["test_metrics"] == record["test_metrics"]
 
 
 def test_fewer_validation_images_than_processes(tmp_path):

@@ -44,7 +44,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_readme_is_short_and_names_only_settings_and_flags_that_exist():
-    assert len(README.splitlines()) <= 240
+    assert len(README.splitlines()) <= 260
     known = {script.flag_name(name) for name in script.CONSTANTS} | {
         "--resume", "--audit", "--evaluate", "--check-labels", "--predict", "--help"}
     others = {"--nproc-per-node", "--index-url", "--dist"}  # of torchrun, pip and pytest

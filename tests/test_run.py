@@ -343,7 +343,7 @@ def test_a_resumed_run_keeps_threshold_and_scores_of_a_best_model_that_stays(her
     """Whatever ends it before its next evaluation."""
     replace_file(finished / JSON, json.dumps(script.read_metadata(finished / BEST)[0] | {"threshold": 0.35}).encode())
     before = script.read_metadata(finished / BEST)[0]
-    monkeypatch.setattr(script, "evaluate_checkpoint", raising(MemoryError))
+    monkeypatch.setattr(script, "finish_run", raising(MemoryError))
     assert here(alone(finished, "--resume", "--epochs", 5), partial(constant_dice, dice=0.0))[0] == 1
     metadata, problem = script.read_metadata(finished / BEST)
     assert problem == "" and all(metadata[name] == before[name] for name in ("threshold", "test_metrics", "best_epoch"))
@@ -696,11 +696,25 @@ def test_the_best_model_is_mended_where_it_is_not_that_of_the_last_epoch(here, t
 def test_a_new_best_model_does_not_keep_the_scores_of_the_old_one(here, finished, monkeypatch):
     """Whatever ends the run before its evaluation, the JSON must not show the old threshold and test scores."""
     assert "test_metrics" in json.loads((finished / JSON).read_text())
-    monkeypatch.setattr(script, "evaluate_checkpoint", raising(MemoryError))
+    monkeypatch.setattr(script, "finish_run", raising(MemoryError))
     assert here(alone(finished, "--resume", "--epochs", 5), partial(constant_dice, dice=0.99))[0] == 1
     metadata, problem = script.read_metadata(finished / BEST)
     assert problem == "" and metadata["best_epoch"] == 5
     assert "test_metrics" not in metadata and "valid_metrics" not in metadata and metadata["threshold"] == 0.5
+
+
+@pytest.mark.parametrize("end, words", [
+    (partial(before, act=lambda: send(signal.SIGTERM), time=3), ["--epochs", 2]),  # stopped in the third epoch
+    (partial(before, act=raising(MemoryError), name="finish_run"), []),  # as a kill between training and evaluation
+    (lambda script: None, ["--test-time-augmentation"])])  # finished, but to be predicted otherwise
+def test_resume_writes_threshold_and_scores_that_are_not_there_yet(end, words, here, tmp_path):
+    code, _ = here(alone(tmp_path, "--epochs", 4), end)
+    before = script.read_metadata(tmp_path / BEST)[0]
+    assert ("valid_metrics" in before) == (code == 0)
+    assert here(alone(tmp_path, "--resume", *words))[0] == 0
+    after, epochs = script.read_metadata(tmp_path / BEST)[0], len(table_rows(tmp_path)) - 1
+    assert after["valid_metrics"]["images"] and after["test_metrics"]["images"] and epochs == (words + [4, 4])[1]
+    assert after["test_time_augmentation"] == (code == 0) and after["sha256"] == before["sha256"]
 
 
 # --- Ctrl-C and SIGTERM
@@ -864,8 +878,7 @@ def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
     first = Process(arguments(folder, "--epochs", 3000), rising_dice)
     first.wait_for("  2/3000 ")  # the best model of the first epoch is there
     copy_run(whole_run(), tmp_path / "elsewhere")
-    for command in (alone(folder), [*arguments(folder, "--epochs", 3000), "--resume"], alone(folder, "--evaluate"),
-                    alone(tmp_path / "other", "--evaluate", "--checkpoint", folder / BEST),  # it rewrites the JSON
+    for command in (alone(folder), [*arguments(folder, "--epochs", 3000), "--resume"],
                     alone(folder, "--evaluate", "--checkpoint", tmp_path / "elsewhere" / BEST)):  # it writes tables
         code, text = here(command)
         assert code == 2 and "Traceback" not in text
@@ -873,7 +886,8 @@ def test_a_second_run_is_kept_out_and_the_first_goes_on(here, tmp_path):
             f"error: another run is using {folder}; wait until it has ended, or choose another folder with OUTPUT_DIR "
             "(--output-dir)\n")
     assert list(folder.glob("earlier_run_*")) == []
-    assert here(alone(tmp_path / "masks", "--predict", image, "--checkpoint", folder / BEST))[0] == 0  # needs no lock
+    for command in (["--predict", image], ["--evaluate"]):  # elsewhere, without a lock of this folder
+        assert here(alone(tmp_path / "other", *command, "--checkpoint", folder / BEST))[0] == 0
     first.kill(signal.SIGTERM)
     assert first.wait() == 143, first.text
     assert here(alone(folder, "--evaluate"))[0] == 0
