@@ -387,7 +387,10 @@ def list_files(folder: Path) -> list[Path]:
     them. Links to folders are followed, each folder once.
     """
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    def complain(error):
+        warn(f"cannot read the folder {error.filename}")
+
+    for parent, folders, names in os.walk(folder, onerror=complain, followlinks=True):
         place = os.path.realpath(parent)
         if place in seen:
             folders.clear()
@@ -1059,8 +1062,6 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
             del folder[name]
     if from_train:
         folder = {"train": split_folder(cfg, "train")} | folder
-    if not folder:
-        raise TrainerError(f"folder not found: {cfg.DATA_DIR} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
     splits = read_splits(folder, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
     phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
@@ -1069,6 +1070,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     if from_train and held_out:
         splits = hold_out(splits, held_out, training)
         splits = {name: split for name, split in splits.items() if name in names}
+    if not splits:
+        raise TrainerError(f"folder not found: {cfg.DATA_DIR} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
     find_patients(splits, cfg.PATIENT_PATTERN)
     if cfg.UNANNOTATED == "skip":
         for split in splits.values():
@@ -2119,7 +2122,7 @@ def save_run(trainer: Trainer, metadata: dict) -> None:
                 "valid_metrics_at_img_size": trainer.history[trainer.best_epoch - 1]})
         trainer.saved_best_epoch = trainer.best_epoch
     if trainer.history:
-        write_table(output / "training_history.csv", trainer.history)
+        write_table(output / "training_history.csv", trainer.history, "utf-8")
         plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"])
 
 
@@ -2188,7 +2191,9 @@ CONFIDENT = np.float32(THRESHOLDS[-1])  # tumour probability; on CONFIDENT_FRACT
 CONFIDENT_FRACTION = 0.002
 PREDICTED = ("images", "masks", "overlays")  # folders of --predict
 LABEL_FINDINGS = ("tumour where none is annotated", "annotated tumour that is not seen", "outlines that hardly overlap")
+NO_ANNOTATION = "tumour in an image without annotation"  # the first of these where nothing is annotated
 HARDLY_OVERLAP = 0.5  # Dice
+WEAK_MODEL = 0.7  # Dice below which most contradictions are the model's mistakes
 
 
 def prediction_settings(cfg: Settings) -> dict:
@@ -2301,7 +2306,7 @@ def evaluate_split(model: torch.nn.Module, dataset: BrainTumorDataset, score, na
 
 def load_for_evaluation(cfg: Settings, checkpoint: Path, splits: dict[str, Split],
                         cache: PixelCache | None) -> tuple[torch.nn.Module, dict[str, BrainTumorDataset]]:
-    """The model, and the splits as it has to see them. Prints which model it is."""
+    """The model, and the splits as it has to see them."""
     model = load_model(checkpoint, cfg=cfg)
     settings = model.prediction_settings
     settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION
@@ -2463,19 +2468,32 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
     """List the annotations that the model contradicts, by confidence * (1 - Dice), for somebody to look at.
 
     A model has seen the annotations of train: where it contradicts one of them all the same, that counts more. A weak
-    model mostly lists its own mistakes.
+    model mostly lists its own mistakes, which is said. Images without annotation are looked at, too.
     """
     model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
+    log(describe_checkpoint(model, checkpoint))
     for name in LABEL_CHECK:  # of an earlier check
         (Path(cfg.OUTPUT_DIR) / name).unlink(missing_ok=True)
-    find, rows = functools.partial(label_finding, threshold=model.prediction_settings["threshold"]), []
+    threshold, rows, dice = model.prediction_settings["threshold"], [], []
+
+    def look(probability, mask):
+        tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
+        return image_metrics(*tensors, threshold)["dice"], label_finding(probability, mask, threshold)
+
     for name, split in splits.items():
-        rows += [({"split": name, "file_name": entry.file_name} | finding, entry)
-                 for entry, finding in zip(split.entries, evaluate_split(model, dataset[name], find, name)) if finding]
+        for entry, (score, finding) in zip(split.entries, evaluate_split(model, dataset[name], look, name)):
+            dice += [score] if entry.annotated else []
+            if finding:
+                kind = finding["kind"] if entry.annotated else NO_ANNOTATION
+                rows.append(({"split": name, "file_name": entry.file_name} | finding | {"kind": kind}, entry))
     rows.sort(key=lambda row: -row[0]["confidence"] * (1 - row[0]["dice"]))
+    mean = float(mean_of_defined(torch.cat(dice))[0]) if dice else math.nan
+    log(f"\nOn the {plural(len(dice), 'annotated image')} the model has a Dice of {mean:.2f}."
+        + " Most of what follows are probably its own mistakes: train it longer, or on more\nimages, before you change "
+        "annotations." * (not mean >= WEAK_MODEL))
     kinds = Counter(row["kind"] for row, _ in rows)
-    log("\nThe model contradicts " + (", ".join(f"{kinds[kind]} x {kind}" for kind in LABEL_FINDINGS) if rows
-                                      else "no annotation") + ".")
+    log("The model contradicts " + (", ".join(f"{kinds[kind]} x {kind}" for kind in (*LABEL_FINDINGS, NO_ANNOTATION))
+                                    if rows else "no annotation") + ".")
     if rows:
         write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
         cases = [(entry, f"{number}. {row['split']}: ",
@@ -2483,29 +2501,33 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
                  for number, (row, entry) in enumerate(rows[:20], 1)]
         plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts")
         log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
-            f"{len(cases)}.\nLook at them, correct the annotations that are wrong, and train again.")
+            f"{len(cases)}."
+            + "\nLook at them, correct the annotations that are wrong, and train again." * (mean >= WEAK_MODEL))
 
 
-def find_images(sources: list[str]) -> list[Path]:
-    """Image files, and all images of folders but masks and results, as their names tell. Prints what is left out."""
+def find_images(sources: list[str]) -> list[tuple[Path, str]]:
+    """Image files, and all images of folders but masks and results, as their names tell. Prints what is left out.
+
+    Returns (path, name for its results) of each. In the name the folders below the source are kept, as annotation tools
+    keep them: P002/slice_01.png becomes P002_slice_01.png.
+    """
     files, left_out = [], Counter()
     for source in map(Path, sources):
-        if not source.exists():
+        if not os.path.lexists(source):
             raise TrainerError(f"no such file or folder: {source}")
-        if source.is_file():
-            files.append(source)
+        if not source.is_dir():
+            files.append((source, source.name))
             continue
-        for folder, _, names in os.walk(source, onerror=lambda error: warn(f"cannot read the folder {error.filename}")):
-            for path in (Path(folder) / name for name in sorted(names)):
-                inside = path.relative_to(source)
-                earlier = inside.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(inside.parent)
-                own = path.name in RUN_FILES + EVALUATION_FILES or inside.stem.endswith("_overlay")
-                if own or is_mask_file(inside) or earlier:
-                    left_out["named like a mask or a result of this script"] += 1
-                elif path.suffix.lower() in IMAGE_SUFFIXES:
-                    files.append(path)
-                else:
-                    left_out[f"named *{path.suffix.lower()}" if path.suffix else "without suffix"] += 1
+        of_source = [source.resolve().name] * (len(sources) > 1)  # one folder for each patient, perhaps
+        for path in list_files(source):
+            earlier = path.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(path.parent)
+            own = path.name in RUN_FILES + EVALUATION_FILES or path.stem.endswith("_overlay")
+            if own or earlier or is_mask_file(path):
+                left_out["named like a mask or a result of this script"] += 1
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                files.append((source / path, "_".join([*of_source, *path.parts])))
+            else:
+                left_out[f"named *{path.suffix.lower()}" if path.suffix else "without suffix"] += 1
     for kind, count in left_out.items():
         log(f"Left out: {plural(count, 'file')} {kind}")
     if not files:
@@ -2519,18 +2541,20 @@ def coco_annotations(mask: np.ndarray) -> list[dict]:
     Polygons run along the corners of pixels: contours of the mask enlarged twice, mapped to corners. Where that is not
     exact, as around holes, an RLE.
     """
-    count, places = cv2.connectedComponents(mask)
+    _, places, boxes, _ = cv2.connectedComponentsWithStats(mask)
     annotations = []
-    for number in range(1, count):
-        tumour = (places == number).astype(np.uint8)
+    for number, (x, y, width, height, area) in enumerate(boxes[1:].tolist(), 1):
+        tumour = (places[y:y + height, x:x + width] == number).astype(np.uint8)  # all work is done within its box
         double = cv2.resize(tumour, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
         contours = cv2.findContours(double, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
-        outline = [((contour.reshape(-1) + 1) // 2).tolist() for contour in contours]
-        rle = coco_mask.encode(np.asfortranarray(tumour))
-        if not np.array_equal(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(outline, *mask.shape))), tumour):
+        corners = [(contour.reshape(-1, 2) + 1) // 2 for contour in contours]
+        drawn = coco_mask.frPyObjects([xy.ravel().tolist() for xy in corners], height, width)
+        outline = [(xy + (x, y)).ravel().tolist() for xy in corners]
+        if not np.array_equal(coco_mask.decode(coco_mask.merge(drawn)), tumour):
+            rle = coco_mask.encode(np.asfortranarray(places == number, np.uint8))
             outline = {"size": list(mask.shape), "counts": rle["counts"].decode()}
-        annotations.append({"segmentation": outline, "area": int(tumour.sum()), "iscrowd": 0, "category_id": 1,
-                            "bbox": coco_mask.toBbox(rle).tolist()})
+        annotations.append({"segmentation": outline, "area": area, "iscrowd": 0, "category_id": 1,
+                            "bbox": [x, y, width, height]})
     return annotations
 
 
@@ -2550,45 +2574,48 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumour"}]}
     bad, rows = [], []
     try:
-        for path in progress(files, "Predicting"):
+        for path, name in progress(files, "Predicting"):
             try:
-                predict_file(model, path, folder, coco, rows)
+                predict_file(model, path, name, folder, coco, rows)
             except TrainerError as error:
                 bad.append(str(error))
     finally:  # also of what was done before Ctrl-C
         if rows:
             write_table(folder / "predictions.csv", rows)
-        write_file(folder / ANNOTATION_FILE, json.dumps(coco, ensure_ascii=False).encode("utf-8"), required=True)
+        write_json(folder / ANNOTATION_FILE, coco, indent=None)
         log(f"{len(rows)} of {plural(len(files), 'image')} segmented: {folder}\nMasks are in masks/, pictures to look "
             "at in overlays/, sizes of tumours in predictions.csv.")
     if bad:
         raise TrainerError(f"{len(bad)} of {plural(len(files), 'file')} failed:{bullet_list(bad)}")
 
 
-def predict_file(model: torch.nn.Module, path: Path, folder: Path, coco: dict, rows: list[dict]) -> None:
-    """Segment one image into the folders of predict_files(), and add it to its COCO file and table."""
+def predict_file(model: torch.nn.Module, path: Path, name: str, folder: Path, coco: dict, rows: list[dict]) -> None:
+    """Segment one image into the folders of predict_files(), and add it to its COCO file and table.
+
+    name: see find_images(). Raises TrainerError.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # annotation tools could not read the COCO file
+        raise TrainerError(f"{path}: its name, or that of a folder above it, is not Unicode; rename it") from None
     image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
     mask, probability = segment(model, image)
-    stem = path.stem
+    stem = Path(name).stem
     while len(os.fsencode(stem)) > 200:  # names may have 255 bytes
         stem = stem[:-1]
-    stem = next(name for number in itertools.count(1) if not (
-        folder / "masks" / f"{(name := stem + f'_{number}' * (number > 1))}.png").exists())
+    stem = next(unused for number in itertools.count(1) if not (
+        folder / "masks" / f"{(unused := stem + f'_{number}' * (number > 1))}.png").exists())
     write_image(folder / "masks" / f"{stem}.png", mask * 255)
     write_image(folder / "overlays" / f"{stem}.png", draw_overlay(image, mask))
     copied = folder / "images" / f"{stem}{path.suffix}"
     try:
-        os.link(path, copied)
-    except OSError:  # on another disk
-        try:
-            shutil.copyfile(path, copied)
-        except OSError as error:
-            raise TrainerError(f"cannot write {copied}: {error}") from None
-    found = coco_annotations(mask)
-    coco["images"].append({"id": len(coco["images"]), "file_name": copied.name, "height": mask.shape[0],
-                           "width": mask.shape[1]})
-    coco["annotations"] += [{"id": len(coco["annotations"]) + number, "image_id": coco["images"][-1]["id"]} | annotation
-                            for number, annotation in enumerate(found)]
+        shutil.copyfile(path, copied)
+    except OSError as error:
+        raise TrainerError(f"cannot write {copied}: {error}") from None
+    found, number = coco_annotations(mask), len(coco["images"]) + 1  # ids start at 1: COCOeval takes 0 for none
+    coco["images"].append({"id": number, "file_name": copied.name, "height": mask.shape[0], "width": mask.shape[1]})
+    coco["annotations"] += [{"id": identity, "image_id": number} | annotation
+                            for identity, annotation in enumerate(found, len(coco["annotations"]) + 1)]
     inside = f"{probability[mask > 0].mean():.4f}" if found else ""
     rows.append({"file": str(path), "mask": f"masks/{stem}.png", "width": mask.shape[1], "height": mask.shape[0],
                  "tumour_px": int(mask.sum()), "tumour_fraction": f"{mask.mean():.6f}", "tumours": len(found),
@@ -3022,7 +3049,10 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
         # What counts as tumour, and how images are read, are those of the run that made the checkpoint.
-        for name in ("CATEGORIES", "UNANNOTATED"):
+        names, use, of_run = ["valid", "test"], evaluate, ("CATEGORIES", "UNANNOTATED")
+        if mode.check_labels:  # which looks at images without annotation, whatever UNANNOTATED is
+            names, use, of_run, cfg.UNANNOTATED = ["train", *names], check_labels, ("CATEGORIES",), "tumour-free"
+        for name in of_run:
             trained = metadata.get("settings", {}).get(name, getattr(cfg, name))
             trained = tuple(trained) if isinstance(trained, list) else trained
             if trained != getattr(cfg, name):
@@ -3031,7 +3061,6 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
         cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
-        names, use = (["train", "valid", "test"], check_labels) if mode.check_labels else (["valid", "test"], evaluate)
         with locked_data(cfg, names, held_out=metadata.get("held_out", []), training=False) as (splits, cache):
             use(cfg, checkpoint, splits, cache)
 
@@ -3330,19 +3359,23 @@ def write_file(path: Path, content, required: bool = False) -> None:
         warn(f"cannot write {path}: {error} (going on without it)")
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as a CSV file; a cell is empty where a row lacks a column, as a mean over no image or a new metric."""
+def write_table(path: Path, rows: list[dict], encoding: str = "utf-8-sig") -> None:
+    """Write rows as a CSV file; a cell is empty where a row lacks a column, as a mean over no image or a new metric.
+
+    In the default encoding, UTF-8 with a mark in front, Excel shows Chinese names as they are.
+    """
     table = io.StringIO()
     columns = dict.fromkeys(name for row in reversed(rows) for name in row)  # in the order of the last row
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, table.getvalue().encode("utf-8"))
+    write_file(path, table.getvalue().encode(encoding, "backslashreplace"))
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file that people read, too. Raises TrainerError."""
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode("utf-8"), required=True)
+def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
+    """Write a JSON file. Raises TrainerError."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    write_file(path, text.encode("utf-8", "backslashreplace"), required=True)  # of names that are not Unicode
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

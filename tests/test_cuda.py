@@ -90,7 +90,7 @@ def test_the_scores_of_the_evaluation_are_those_of_predicted_masks(gpu_run, tmp_
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         assert script.main(words(tmp_path, "--evaluate", "--checkpoint", gpu_run / script.BEST)) == 0
         model = script.load_model(gpu_run / script.BEST, GPU)
-        rows = csv.DictReader((tmp_path / "evaluation" / "test_metrics.csv").read_text(encoding="utf-8").splitlines())
+        rows = csv.DictReader((tmp_path / "evaluation" / "test_metrics.csv").read_text("utf-8-sig").splitlines())
         for entry, row in zip(script.read_coco(shared_data() / "test").entries, rows, strict=True):
             mask, truth = script.predict_mask(model, script.read_image(entry.path)), entry.mask()
             assert [int(row[name]) for name in script.COUNTS] == [

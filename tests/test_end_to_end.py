@@ -41,7 +41,7 @@ def record(out):
 
 def table(path):
     """Rows of a CSV file."""
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -260,20 +260,34 @@ def test_the_checkpoint_holds_nothing_but_plain_cpu_tensors(out):
 
 
 def test_the_readmes_recipe_gives_the_mask_of_predict_mask_without_the_script(out, tmp_path):
-    """Verbatim, in a process of its own."""
+    """Verbatim, in a process of its own; images larger and smaller than IMG_SIZE, which is 64. Others are refused."""
     for name in (script.BEST, "unet_plusplus_best.json"):
         shutil.copy(out / name, tmp_path)
-    shutil.copy(next((ROOT / "test").glob("*.jpg")), tmp_path / "scan.png")  # read by its content
-    code = python_block("json.load(") + (f'\nimport sys; assert "{script.__name__}" not in sys.modules\n'
-                                         'np.save("mask.npy", mask)')
+    whole = script.read_image(next((ROOT / "test").glob("*.jpg")))
+    for number, (height, width) in enumerate([whole.shape[:2], (50, 40), (40, 150), (64, 64)]):
+        script.write_image(tmp_path / f"{number}.png", cv2.resize(whole, (width, height)))
+    cv2.imwrite(str(tmp_path / "deep.png"), whole.astype(np.uint16) * 9)
+    (tmp_path / "recipe.py").write_text(python_block("json.load("), encoding="utf-8")
+    code = f"""if True:
+        import shutil, sys
+        recipe = open("recipe.py", encoding="utf-8").read()
+        for number in range(4):
+            shutil.copy(f"{{number}}.png", "scan.png")
+            exec(recipe, found := {{}})
+            found["np"].savez(f"{{number}}.npz", **{{name: found[name] for name in ("small", "probability", "mask")}})
+        assert "{script.__name__}" not in sys.modules
+        shutil.copy("deep.png", "scan.png")
+        exec(recipe)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8",
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=300)
-    assert done.returncode == 0, done.stderr
-    mask = np.load(tmp_path / "mask.npy")
+    assert done.stderr.endswith("AssertionError: 8-bit images only\n"), done.stderr
     model = script.load_model(tmp_path / script.BEST, "cpu")
-    expected = script.predict_mask(model, script.read_image(tmp_path / "scan.png"))
-    assert mask.shape == expected.shape and mask.dtype == np.uint8 and expected.any()
-    assert (mask != expected).sum() <= 0.001 * mask.size  # rounding: predict_mask() resizes bytes
+    for number in range(4):
+        image, found = script.read_image(tmp_path / f"{number}.png"), np.load(tmp_path / f"{number}.npz")
+        mask, probability = script.segment(model, image)
+        assert np.array_equal(found["small"], script.resize(image, 64, 64))
+        np.testing.assert_allclose(found["probability"], probability, atol=1e-4)
+        assert found["mask"].dtype == np.uint8 and (found["mask"] != mask).sum() <= 0.001 * mask.size and mask.any()
 
 
 def test_the_readmes_onnx_recipe_gives_the_models_logits_for_any_number_of_images(out, tmp_path, monkeypatch):

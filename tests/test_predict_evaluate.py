@@ -12,8 +12,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import background
@@ -25,6 +27,7 @@ import torch
 from conftest import FAST, ROOT, box, script, tiny_build_model, write_coco, write_data
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors.torch import save_file
 
 CPU, LAYOUTS = torch.device("cpu"), (torch.channels_last, torch.contiguous_format)
@@ -101,7 +104,7 @@ def write_cases(folder, *cases):
 
 def table(path):
     """The rows of a table, none if there is no such file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    return list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())) if path.is_file() else []
 
 
 def finish(path, data, *words):
@@ -601,10 +604,8 @@ def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monke
     assert record["valid_metrics"]["dice"] == 0 and record["threshold"] == 0.5
     assert record["test_metrics"] == {"images": 1, "tumour_free_predicted_empty": 1, "lesions": 0, "lesions_found": 0,
                                       "false_lesions": 0}
-    rows = [list(csv.DictReader((out / f"{name}.csv").read_text("utf-8").splitlines()))
-            for name in ("training_history", "test_metrics")]
-    assert [row.get("dice", "") for row in rows[0]] == [""] * 3
-    assert [rows[1][0][name] for name in ("dice", "recall", "hd95_px")] == [""] * 3
+    assert [row.get("dice", "") for row in table(out / "training_history.csv")] == [""] * 3
+    assert [table(out / "test_metrics.csv")[0][name] for name in ("dice", "recall", "hd95_px")] == [""] * 3
     assert "none is predicted: there is no Dice." in capsys.readouterr().out
 
 
@@ -719,7 +720,8 @@ def test_predict_writes_a_folder_one_can_work_with(tmp_path, tiny, capsys):
     expected = script.predict_mask(bright(), script.read_image(image))
     assert np.array_equal(mask, 255 * np.dstack([expected] * 3))
     assert overlay[50, 50].tolist() == [0, 0, 0] and overlay[22, 20].tolist() != [255, 255, 255]  # tinted
-    row, = csv.DictReader((folder / "predictions.csv").read_text(encoding="utf-8").splitlines())
+    assert (folder / "predictions.csv").read_bytes().startswith(b"\xef\xbb\xbf")  # for Excel
+    row, = table(folder / "predictions.csv")
     assert row == {"file": str(image), "mask": "masks/扫描 1.png", "width": "64", "height": "60",
                    "tumour_px": str(expected.sum()), "tumour_fraction": f"{expected.mean():.6f}", "tumours": "2",
                    "mean_probability": row["mean_probability"]} and 0.5 <= float(row["mean_probability"]) <= 1
@@ -758,8 +760,8 @@ def test_predicted_outlines_are_read_back_to_the_same_masks(tmp_path, tiny):
     for i, entry in enumerate(split.entries):
         expected = script.predict_mask(model, script.read_image(scans / f"扫描 {i}.png"))
         assert (entry.file_name, entry.mask().shape) == (f"扫描 {i}.png", shapes[i])
-        assert entry.path == str(folder / "images" / f"扫描 {i}.png") and not entry.error  # not its mask or overlay
-        notes = coco.loadAnns(coco.getAnnIds(imgIds=[i]))
+        assert entry.path == str(folder / "images" / f"扫描 {i}.png") and not entry.problems  # not its mask or overlay
+        notes = coco.loadAnns(coco.getAnnIds(imgIds=[i + 1]))
         drawn = np.zeros(shapes[i], np.uint8)
         for note in notes:
             own = coco.annToMask(note)
@@ -770,6 +772,11 @@ def test_predicted_outlines_are_read_back_to_the_same_masks(tmp_path, tiny):
         assert entry.tumours == len(notes) == cv2.connectedComponents(expected)[0] - 1
     kinds = {type(note["segmentation"]) for note in coco.anns.values()}
     assert kinds == {list, dict}  # polygons where they are exact, RLE around holes
+    scores = COCOeval(coco, coco.loadRes([note | {"score": 1} for note in coco.anns.values()]), "segm")
+    scores.evaluate()
+    scores.accumulate()
+    scores.summarize()
+    assert scores.stats[0] == 1  # average precision of the file against itself; an id of 0 would count as missed
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -779,6 +786,10 @@ def test_masks_without_holes_become_polygons_that_draw_them_again(seed):
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     filled_up = cv2.drawContours(np.zeros((50, 70), np.uint8), contours, -1, 1, -1)
     found = script.coco_annotations(filled_up)
+    places = cv2.connectedComponents(filled_up)[1]
+    tumours = [(places == number).astype(np.uint8) for number in range(1, len(found) + 1)]
+    assert [(note["area"], note["bbox"]) for note in found] == [
+        (tumour.sum(), [*cv2.boundingRect(tumour)]) for tumour in tumours]
     outlines = [note["segmentation"] for note in found]
     assert all(isinstance(outline, list) for outline in outlines)
     drawn = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(outline, 50, 70))) for outline in outlines]
@@ -801,6 +812,7 @@ def test_predict_never_writes_over_an_input_or_over_an_earlier_result(tmp_path, 
         kept = {file: file.read_bytes() for file in out.rglob("*.*")}
         assert predict(path, out, *scans) == 0
         assert names(out / folder / "masks") == ["scan.png", "scan_2.png", "scan_3.png"]
+        (out / folder / "images" / "scan.png").write_bytes(b"edited in place")  # a copy: no input changes
         assert names(out / folder / "images") == ["scan.png", "scan_2.jpg", "scan_3.png"]
         assert all(file.read_bytes() == content for file, content in kept.items())
         for number, scan in enumerate(scans, 1):
@@ -813,20 +825,46 @@ def test_predict_takes_all_images_of_a_folder_but_not_its_own_outputs(tmp_path, 
     write_scans(folder, "one.png", "deeper/two.JPG", "training_samples.png", "two_mask.png", "masks/one.png")
     (folder / "notes.txt").write_text("no image")
     for name in ("predictions", "predictions_2", "predictions_3"):
-        assert predict(path, folder, folder) == 0 and names(folder / name / "masks") == ["one.png", "two.png"]
+        assert predict(path, folder, folder) == 0 and names(folder / name / "masks") == ["deeper_two.png", "one.png"]
     # The copied images, asked for by name, are images as any others.
     assert predict(path, tmp_path / "again", folder / "predictions" / "images") == 0
-    assert names(tmp_path / "again" / "predictions" / "masks") == ["one.png", "two.png"]
+    assert names(tmp_path / "again" / "predictions" / "masks") == ["deeper_two.png", "one.png"]
 
 
-def test_predict_copies_images_where_they_cannot_be_linked(tmp_path, tiny, monkeypatch):
-    def link(*_):
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+def test_predictions_of_folders_are_sorted_and_keep_their_patients(tmp_path, tiny):
+    """So that PATIENT_PATTERN works on what comes back from an annotation tool. Hidden files are left out."""
+    path, scans = saved(tmp_path / "run"), tmp_path / "scans"
+    write_scans(scans, "P010/s1.png", "P002/s2.png", "P002/s1.png", "s0.png", ".ipynb_checkpoints/s0-checkpoint.png",
+                "P002/._s1.png", "__MACOSX/P002/s1.png")
+    expected = ["P002_s1", "P002_s2", "P010_s1"]
+    for number, (sources, found) in enumerate((([scans], [*expected, "s0"]),
+                                               ([scans / "P002", scans / "P010"], expected))):
+        out = tmp_path / str(number)
+        assert predict(path, out, *sources) == 0
+        assert [Path(row["mask"]).stem for row in table(out / "predictions" / "predictions.csv")] == found
+        coco = json.loads((out / "predictions" / script.ANNOTATION_FILE).read_text(encoding="utf-8"))
+        assert [(image["id"], image["file_name"]) for image in coco["images"]] == [
+            (place, f"{name}.png") for place, name in enumerate(found, 1)]
+        assert names(out / "predictions" / "images") == [f"{name}.png" for name in found]
 
-    scans, path = write_scans(tmp_path, "one.png"), saved(tmp_path)
-    monkeypatch.setattr(os, "link", link)
-    assert predict(path, tmp_path, *scans) == 0
-    assert (tmp_path / "predictions" / "images" / "one.png").read_bytes() == scans[0].read_bytes()
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="such names and links")
+def test_links_that_lead_nowhere_and_names_that_are_not_unicode_are_failed_files(tmp_path, tiny, capsys):
+    """As an archive in GBK leaves them on Linux; in a folder, and named themselves."""
+    path, (good,) = saved(tmp_path / "run"), write_scans(tmp_path / "scans", "good.png")
+    gone = tmp_path / "scans" / "gone.png"
+    gone.symlink_to(tmp_path / "nowhere.png")
+    gbk = os.fsdecode(os.fsencode(tmp_path / "scans") + b"/\xc4\xd4.png")
+    shutil.copy(good, gbk)
+    for number, sources in enumerate(([tmp_path / "scans"], [gone, gbk, good])):
+        assert predict(path, tmp_path / str(number), *sources) == 2
+        err = capsys.readouterr().err
+        assert "2 of 3 files failed" in err and f"{gone}: the file is missing" in err and "rename it" in err
+        assert names(tmp_path / str(number) / "predictions" / "masks") == ["good.png"]
+    script.write_json(tmp_path / "a.json", {"path": gbk})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"path": gbk}
+    script.write_table(tmp_path / "a.csv", [{"file_name": gbk}])
+    assert table(tmp_path / "a.csv")[0]["file_name"].endswith(r"\udcc4\udcd4.png")
 
 
 def test_predict_that_is_stopped_keeps_table_and_outlines_of_what_is_done(tmp_path, tiny, monkeypatch):
@@ -870,7 +908,7 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
     assert lines == {"2 files named like a mask or a result of this script", "1 file named *.dcm", "2 files named *.gz",
                      "1 file without suffix"}
     assert f"WARNING: cannot read the folder {scans / 'closed'}" in err
-    rows = list(csv.DictReader((out / "predictions" / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+    rows = table(out / "predictions" / "predictions.csv")
     assert len(rows) == len(script.read_coco(out / "predictions").entries) == 4
 
 
@@ -979,15 +1017,31 @@ def test_planted_mistakes_come_first_in_table_and_picture(tmp_path, tiny, capsys
     write_cases(data / "valid", case([(5, 5)], (15, 5)), case([(40, 5)], (5, 40)), case([(8, 8)], (8, 8)))
     path = saved(tmp_path / "run", bright(20, 0.5))
     assert main("--check-labels", "--data-dir", data, "--output-dir", path.parent) == 0
-    rows = list(csv.DictReader((path.parent / "label_check.csv").read_text(encoding="utf-8").splitlines()))
+    rows = table(path.parent / "label_check.csv")
     assert {(row["split"], row["file_name"][3]) for row in rows} == {
         ("train", "1"), ("train", "2"), ("valid", "0"), ("valid", "1")}
     assert rows[-1]["split"] == "valid" and rows[-1]["kind"] == "outlines that hardly overlap"
     (name, cases), = shown
     assert [name, *(entry.file_name for entry, _, _ in cases)] == ["label_check.png", *(r["file_name"] for r in rows)]
     out = capsys.readouterr().out
-    assert ("The model contradicts 1 x tumour where none is annotated, 2 x annotated tumour that is not seen, 1 x "
-            "outlines that hardly overlap.\n") in out and "label_check.png shows the first 4" in out
+    assert ("The model contradicts 0 x tumour where none is annotated, 2 x annotated tumour that is not seen, 1 x "
+            "outlines that hardly overlap, 1 x tumour in an image without annotation.\n") in out
+    assert "label_check.png shows the first 4" in out
+    # Of six annotated images three are right, in one a part is, two are not seen at all.
+    dice = (1 + 7 / 8 + 1 + 2 * 6 / 32) / 6
+    assert f"On the 6 annotated images the model has a Dice of {dice:.2f}. Most of what follows are probably its" in out
+
+
+@pytest.mark.parametrize("words", [[], ["--unannotated", "skip"]])
+def test_images_without_annotation_are_always_looked_at(words, tmp_path, tiny, capsys):
+    """Also by a model that was trained without them."""
+    data, path = tmp_path / "data", saved(tmp_path / "run", settings={"UNANNOTATED": "skip"})
+    write_cases(data / "train", ([], filled([(5, 5, 20, 20, 255)])), ([(9, 9, 9, 9)], filled([(9, 9, 9, 9, 255)])))
+    assert main("--check-labels", "--data-dir", data, "--output-dir", path.parent, *words) == 0
+    row, = table(path.parent / "label_check.csv")
+    assert row["file_name"] == "切片_0.png" and row["kind"] == "tumour in an image without annotation"
+    out = capsys.readouterr().out
+    assert "On the 1 annotated image the model has a Dice of 1.00.\n" in out and "and train again" in out
 
 
 def test_labels_without_contradiction_write_nothing(tmp_path, tiny, capsys):

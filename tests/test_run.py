@@ -27,7 +27,7 @@ from conftest import definitions, script, tiny_build_model, write_data
 
 BEST, JSON, LAST = script.BEST, "unet_plusplus_best.json", script.LAST
 TABLE, PLOT, SAMPLES = "training_history.csv", "training_history.png", "training_samples.png"
-SCORES, CASES, REPORT = "test_metrics.csv", "test_predictions.png", "test_report.png"
+VALID, SCORES, CASES, REPORT = "valid_metrics.csv", "test_metrics.csv", "test_predictions.png", "test_report.png"
 LOCK, HOW_TO_RESUME = ".brain_tumor.lock", script.HOW_TO_RESUME
 partial = functools.partial
 
@@ -533,10 +533,10 @@ def written(monkeypatch):
 def test_what_is_written_in_which_order(fault, second, here, tmp_path, written):
     """A resumed run finds its best model, in the same bytes, and lets it be."""
     assert here(alone(tmp_path, "--epochs", 2), fault)[0] == 0
-    assert written == [SAMPLES, LAST, LAST, BEST, JSON, TABLE, PLOT, *second, SCORES, CASES, REPORT, JSON]
+    assert written == [SAMPLES, LAST, LAST, BEST, JSON, TABLE, PLOT, *second, VALID, SCORES, CASES, REPORT, JSON]
     written.clear()
     assert here(alone(tmp_path, "--epochs", 3, "--resume"), fault)[0] == 0
-    assert written == [LAST, TABLE, PLOT, *second, SCORES, CASES, REPORT, JSON]
+    assert written == [LAST, TABLE, PLOT, *second, VALID, SCORES, CASES, REPORT, JSON]
 
 
 @pytest.mark.parametrize("save_seconds, epochs", [(0, [0, 1, 2, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), (7, [0, 2, 4, 5]),
@@ -866,7 +866,7 @@ def test_training_works_with_almost_no_shared_memory(tmp_path):
 
 def test_a_table_has_a_column_for_all_that_any_row_holds(tmp_path):
     """A metric that was added, or taken out, before a resume, or that no image of an epoch had."""
-    script.write_table(tmp_path / "history.csv", [{"epoch": 1, "old": 7}, {"epoch": 2, "new": 0.5}])
+    script.write_table(tmp_path / "history.csv", [{"epoch": 1, "old": 7}, {"epoch": 2, "new": 0.5}], "utf-8")
     assert (tmp_path / "history.csv").read_text() == "epoch,new,old\n1,,7\n2,0.5,\n"
 
 

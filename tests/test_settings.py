@@ -266,7 +266,8 @@ def run_edited(copied, folder, *words, network=tiny_build_model):
     copied.build_model = network or copied.build_model
     data, out = write_data(folder / "data", 4, 2, 2, size=64), folder / "out"
     assert copied.main([*FAST, "--data-dir", str(data), "--output-dir", str(out), *words]) == 0
-    tables = [list(csv.DictReader((out / name).open())) for name in ("training_history.csv", "test_metrics.csv")]
+    tables = [list(csv.DictReader((out / name).open(encoding="utf-8-sig")))
+              for name in ("training_history.csv", "test_metrics.csv")]
     return tables[0], json.loads((out / "unet_plusplus_best.json").read_text(encoding="utf-8")), tables[1]
 
 
