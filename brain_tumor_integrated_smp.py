@@ -21,6 +21,7 @@ it, log(), warn(), progress(), gather() (between processes) and TrainerError are
 from __future__ import annotations
 
 import argparse
+import colorsys
 import contextlib
 import copy
 import csv
@@ -136,6 +137,9 @@ CONSTANTS = tuple(name for name in globals() if name.isupper() and len(name) > 1
 # ===== Images and masks ===============================================================================================
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+# Of images that have to be converted first:
+UNREAD_SUFFIXES = (".gif", ".tga", ".npy", ".npz", ".mat", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".nii",
+                   ".nii.gz", ".dcm", ".heic", ".avif", ".svg")
 # Pillow's readers by the first bytes of a file. Image.open() would warn of large images, and try other formats.
 READERS = {b"\xff\xd8\xff": JpegImagePlugin.jpeg_factory, b"\x89PNG": PngImagePlugin.PngImageFile,
            b"BM": BmpImagePlugin.BmpImageFile, b"RIFF": WebPImagePlugin.WebPImageFile,
@@ -159,7 +163,7 @@ def open_image(source: str | Path | bytes | BinaryIO, upright: bool = False) -> 
         raise TrainerError(f"{name}: {error}") from None
     reader = next((reader for start, reader in READERS.items() if data.startswith(start)), None)
     if reader is None:
-        raise TrainerError(f"{name}: {'not an image' if data else 'the file is empty'}")
+        raise TrainerError(f"{name}: {'not a JPEG, PNG, BMP, TIFF or WebP image' if data else 'the file is empty'}")
     try:
         image = reader(io.BytesIO(data))
         if problem := unreadable(image, upright):
@@ -210,7 +214,7 @@ def read_image(source: str | Path | bytes | BinaryIO, percentiles: tuple = GREY_
     image = open_image(source, upright)
     grey = deep_pixels(image)
     if grey is None:
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     if not np.isfinite(grey).all():
         raise TrainerError(f"{source if isinstance(source, (str, Path)) else 'image'}: has pixels that are not finite")
     low, high = np.percentile(grey, percentiles)
@@ -341,7 +345,10 @@ def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_image
     splits = {}
     for name, folder in folders.items():
         pairs = None if (folder / ANNOTATION_FILE).is_file() else find_pairs(folder)
-        splits[name] = pairs or read_coco(folder, categories)
+        splits[name] = split = pairs or read_coco(folder, categories)
+        for entry in split.entries:
+            if not is_unicode(entry.path + entry.mask_path):
+                entry.problems["its name is no Unicode text, as archives in GBK or Big5 leave it: rename it"].append("")
     refuse_problems(splits.values(), skip_bad_images)
     draw_mask_files(splits.values())
     return splits
@@ -401,9 +408,22 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """list_files() with the suffix of an image."""
-    return [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+def list_images(split: Split) -> list[Path]:
+    """list_files() with the suffix of an image. Notes images and masks of formats that are not read."""
+    files = list_files(split.folder)
+    for path in files:
+        if path.name.lower().endswith(UNREAD_SUFFIXES):
+            kind = "file of a format that is not read: save it as PNG"
+            if is_mask_file(path) and MASK_FILE in split.categories:  # its image would be without annotation
+                split.problems[f"mask {kind}"].append(str(path))
+            else:
+                split.remarks[f"image {kind}, or ignore this"].append(str(path))
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a file name can be written into a UTF-8 file; on Linux it may hold any bytes."""
+    return name.encode("utf-8", "replace").decode() == name
 
 
 MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
@@ -429,6 +449,8 @@ def load_coco(json_path: Path) -> dict:
     folder = json_path.parent
     if not json_path.is_file():
         missing = f"file not found: {json_path}" if folder.is_dir() else f"folder not found: {folder}"
+        if unread := [str(path) for path in list_files(folder) if path.name.lower().endswith(UNREAD_SUFFIXES)]:
+            missing += f" ({plural(len(unread), 'file')} of a format that is not read, such as {unread[0]})"
         raise TrainerError(f"{missing}; the data folder (DATA_DIR or --data-dir) must hold train/ and, if you have "
                            f"them, valid/ and test/, each with its images and one {ANNOTATION_FILE}, as a 'COCO "
                            "Segmentation' export, or with a mask file for each image: NAME_mask.png beside it, or the "
@@ -504,7 +526,7 @@ def find_files(split: Split) -> None:
 
     Masks and overlays have the names of their images, and what another entry names is taken: neither is meant.
     """
-    files, named = list_images(split.folder), {os.path.normcase(entry.path) for entry in split.entries}
+    files, named = list_images(split), {os.path.normcase(entry.path) for entry in split.entries}
     free = [path for path in files if os.path.normcase(split.folder / path) not in named]
     by_name, missing = defaultdict(list), 0
     for path in free:
@@ -724,12 +746,12 @@ def find_pairs(folder: Path) -> Split | None:
         return "/".join([*folders, MASK_END.sub("", path.stem).lower()])
 
     split, masks, images = Split(folder, [], {MASK_FILE: True}), defaultdict(list), []
-    for path in list_images(folder):
+    for path in list_images(split):
         if is_mask_file(path):
             masks[key(path)].append(path)
         else:
             images.append(path)
-    if not masks:
+    if not masks and not split.problems:
         return None
     uses = Counter(map(key, images))
     how = " (the mask of X is X_mask beside it, or X in masks/; rename or remove the file)"
@@ -746,67 +768,108 @@ def find_pairs(folder: Path) -> Split | None:
     return split
 
 
-def read_mask_file(path: str) -> np.ndarray:
-    """The grey levels of a mask file: uint8 or uint16 [H, W]; of a coloured one, the largest channel."""
+def read_mask_file(path: str) -> tuple[np.ndarray, Counter]:
+    """The grey levels of a mask file, uint8 or uint16 [H, W], and its colours: how many pixels have each 0xRRGGBB.
+
+    Of a coloured file the level is the largest channel; of a grey one there are no colours.
+    """
     image = open_image(path, upright=True)
     levels = deep_pixels(image)
     if levels is not None:
         if levels.dtype != np.uint16:
             raise TrainerError(f"{path}: has other numbers than 8 or 16 bit; save it as an 8-bit PNG")
-        return levels
-    colours = np.asarray(image.convert("RGB"))
-    if colours.min() == colours.max() and "A" in image.getbands() and len(np.unique(image.getchannel("A"))) > 1:
+        return levels, Counter()
+    rgb = np.asarray(image.convert("RGB"))
+    if rgb.min() == rgb.max() and "A" in image.getbands() and len(np.unique(image.getchannel("A"))) > 1:
         raise TrainerError(f"{path}: is only transparency; save it as an 8-bit PNG in black and white")
-    return colours.max(axis=2)
+    levels = rgb.max(axis=2)
+    if (levels - rgb.min(axis=2)).max() < 32:
+        return levels, Counter()
+    names, counts = np.unique(rgb.astype(np.int32) @ (2**16, 2**8, 1), return_counts=True)
+    colours = merge_colours(Counter(dict(zip(names.tolist(), counts.tolist()))))
+    if colours and image.format in ("JPEG", "MPO", "WEBP"):
+        # They blur, and add noise: tumour is what is at least half as bright as the most frequent colour.
+        (main, count), = colours.most_common(1)
+        bright = cv2.cvtColor(np.array([[[main >> 16, main >> 8 & 255, main & 255]]], np.uint8), cv2.COLOR_RGB2GRAY)
+        levels = np.where(np.asarray(image.convert("L")) >= bright / 2, 255, 0).astype(np.uint8)
+        colours = Counter({name: pixels for name, pixels in colours.items() if pixels > 0.02 * count})
+    return levels, colours
+
+
+def merge_colours(colours: Counter) -> Counter:
+    """Add up the pixels of colours (0xRRGGBB) that differ only in brightness, under the most frequent of them; without
+    nearly black ones. White and grey are one colour, too.
+    """
+    merged, hues = Counter(), {}
+    for name, count in colours.most_common():
+        hue, saturation, value = colorsys.rgb_to_hsv(name >> 16, name >> 8 & 255, name & 255)
+        if value < 64:
+            continue
+        hue = hue if saturation > 0.25 else None
+        same = next((other for other, known in hues.items() if hue is known or None not in (hue, known) and min(
+            abs(hue - known), 1 - abs(hue - known)) < 1 / 12), name)  # 30 degrees
+        hues.setdefault(same, hue)
+        merged[same] += count
+    return merged
 
 
 def draw_mask_files(splits: Iterable[Split]) -> None:
-    """Give the entries of find_pairs() their size and mask. Raises TrainerError where grey levels could mean anything.
-
-    A mask file that cannot be read is noted in its entry.
+    """Give the entries of find_pairs() their size and mask. Raises TrainerError where colours or grey levels could mean
+    anything. A mask file that cannot be read is noted in its entry.
     """
-    def count(entry):  # pixels of each level; sets the entry's size
+    def count(entry):  # (levels, how many pixels have each, colours); sets the entry's size
         try:
-            levels = read_mask_file(entry.mask_path)
+            picture, colours = read_mask_file(entry.mask_path)
         except TrainerError as error:
             entry.problems["its mask: " + str(error).removeprefix(f"{entry.mask_path}: ")].append("")
-            return np.zeros(0, np.int64)
-        entry.height, entry.width = levels.shape
-        return np.bincount(levels.ravel())
+            return None
+        entry.height, entry.width = picture.shape
+        pixels = np.bincount(picture.ravel())
+        levels = np.flatnonzero(pixels)
+        return levels, pixels[levels], colours
 
     def draw(entry):
-        mask = (read_mask_file(entry.mask_path) >= least).astype(np.uint8)
+        mask = (read_mask_file(entry.mask_path)[0] >= least).astype(np.uint8)
         boxes = cv2.connectedComponentsWithStats(mask)[2][1:]  # left, top, width, height, area of each tumour
         entry.tumours, entry.boxes = len(boxes), int((boxes[:, 2] * boxes[:, 3] == boxes[:, 4]).sum())
         entry.rle = coco_mask.encode(np.asfortranarray(mask)) if len(boxes) else None
 
     splits = [split for split in splits if MASK_FILE in split.categories]
     entries = [entry for split in splits for entry in split.entries if entry.mask_path and not entry.problems]
-    counts = in_threads(count, entries, "Reading masks")
-    pixels = np.zeros(max((len(found) for found in counts), default=0), np.int64)
-    for found in counts:
-        pixels[:len(found)] += found
+    found = in_threads(count, entries, "Reading masks")
+    entries = [entry for entry in entries if not entry.problems]
+    found = [counts for counts in found if counts]
+    colours = merge_colours(sum((more for *_, more in found), Counter()))
+    if len(colours) > 1:
+        main = Counter({max(colours, key=colours.get): sum(colours.values())})
+        odd = [entry.mask_path for entry, (*_, mine) in zip(entries, found) if len(merge_colours(main + mine)) > 1]
+        shown = ", ".join(f"#{name:06x} ({plural(count, 'pixel')})" for name, count in colours.most_common(5))
+        raise TrainerError(f"mask files with more than one colour, which may mean more than tumour: {shown}. Save the "
+                           f"tumour in one colour on black, or each class as a file of its own:{bullet_list(odd)}")
+    pixels = np.zeros(max((int(levels[-1]) + 1 for levels, *_ in found), default=0), np.int64)
+    for levels, counts, _ in found:
+        pixels[levels] += counts
     if not pixels.any():
         return
     least, between = tumour_levels(pixels)
     odd = []
-    for entry, found in zip(entries, counts):
-        strays = int(found[between[between < len(found)]].sum())
-        if strays > (max(0.2 * found[least:].sum(), 0.02 * found.sum()) if least else 0):
+    for entry, (levels, counts, _) in zip(entries, found):
+        strays, tumour = (int(counts[where].sum()) for where in (np.isin(levels, between), levels >= least))
+        if strays > (max(0.2 * tumour, 0.02 * counts.sum()) if least else 0):
             odd.append((-strays, entry.mask_path))
-        elif np.count_nonzero(found) > 1 and not found[least:].any():  # all its levels are dark in the other files
+        elif len(levels) > 1 and not tumour:  # all its levels are dark in the other files
             odd.append((0, entry.mask_path))
-    levels = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1]))
+    shown = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1]))
     if odd:
         raise TrainerError(f"{plural(len(odd), 'mask file')} with grey levels that could mean anything (all levels: "
-                           f"{levels}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
+                           f"{shown}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
                            f"which the upper one is tumour, or are label maps with whole numbers from 0 to "
                            f"{LARGEST_LABEL}, of which all above 0 are tumour; all files alike. Convert these files to "
                            "0 and 255 (resize masks with nearest neighbour only), or remove them.")
     if np.count_nonzero(pixels) > 2:
         splits[0].remarks[f"mask files with more than two grey levels: tumour is {least} and above"].append(
-            f"levels {levels}")
-    in_threads(draw, [entry for entry, found in zip(entries, counts) if len(found)], "Reading masks")
+            f"levels {shown}")
+    in_threads(draw, entries, "Reading masks")
 
 
 def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:

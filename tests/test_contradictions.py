@@ -6,6 +6,7 @@ Splits of noise pictures with one octagon each; each test changes their COCO fil
 import json
 import os
 import re
+import tracemalloc
 import unicodedata
 from collections import Counter
 from functools import partial
@@ -280,6 +281,17 @@ def test_a_few_hot_pixels_do_not_take_the_contrast(dtype, tmp_path):
     found = script.read_image(write(tmp_path / "b.tif", grey)).astype(int)
     assert np.abs(found - expected)[1:].max() <= 2
     assert script.read_image(tmp_path / "b.tif", percentiles=(0, 100))[1:].max() <= 4  # as earlier versions scaled it
+
+
+def test_a_deep_image_needs_little_more_memory_than_its_pixels(tmp_path):
+    """Bytes per pixel: 2 in the file, 3 as RGB, and what the levels need on the way."""
+    path = write(tmp_path / "a.png", np.random.default_rng(0).integers(0, 4000, (1000, 1000), np.uint16))
+    script.read_image(path)
+    tracemalloc.start()
+    script.read_image(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 10**6
 
 
 def test_a_mostly_empty_picture_keeps_its_contrast(tmp_path):

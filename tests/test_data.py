@@ -169,7 +169,7 @@ def test_an_image_may_come_from_memory(tmp_path):
     with open(path, "rb") as file:
         for source in (path.read_bytes(), file):
             assert np.array_equal(read(source), picture())
-    with pytest.raises(script.TrainerError, match="^image: not an image"):
+    with pytest.raises(script.TrainerError, match="^image: not a JPEG"):
         read(b"x")
 
 
@@ -452,7 +452,7 @@ BROKEN = [
     ("data/train;slice_0.png;empty;SKIP_BAD_IMAGES", [file(b"")]),
     ("data/test;slice_0.png;empty;SKIP_BAD_IMAGES", [file(b"", "test/slice_0.png")]),
     ("data/train;slice_0.png;SKIP_BAD_IMAGES", [lambda root: (file(None)(root), (root / "train/slice_0.png").mkdir())]),
-    ("slice_0.png;not an image;SKIP_BAD_IMAGES", [file(b"not a picture")]),
+    ("slice_0.png;not a JPEG;SKIP_BAD_IMAGES", [file(b"not a picture")]),
     ("slice_0.png;damaged, or cut short;SKIP_BAD_IMAGES", [
         file(lambda png: png[:20]), file(lambda png: png[:len(png) * 9 // 10]),
         file(lambda png: png[:900] + bytes([png[900] ^ 1]) + png[901:]), as_jpeg(0.5), as_jpeg(0.98)]),

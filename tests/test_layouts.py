@@ -1,6 +1,7 @@
 """Data as people have it: patients, one folder without valid, mask files instead of COCO."""
 
 import json
+import os
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
+from PIL import Image
 from pycocotools import mask as coco_mask
 from test_contradictions import make, noise_picture, octagon
 from test_data import accepted, arguments, refused, remarks, table, write
@@ -353,14 +355,127 @@ def test_coloured_masks_and_transparency(tmp_path):
     plain = masks(data)
     for split in data.iterdir():
         for i, path in enumerate(sorted(split.glob("masks/*"))):
-            mask = script.read_mask_file(path)
+            mask = script.read_mask_file(path)[0]
             red, opaque = np.dstack([mask * 0, mask * 0, mask]), np.full_like(mask, 255)
             write(path, np.dstack([red, opaque]) if i % 2 else red)
     assert np.array_equal(masks(data), plain)
 
 
+def coloured(mask, rgb):
+    """Pixels of one colour on black, as OpenCV writes them."""
+    return (mask[..., None] > 0) * np.array(rgb[::-1], np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("rgb", [(255, 0, 0), (255, 255, 0), (0, 128, 255), (200, 0, 255), (255, 128, 0)])
+def test_masks_in_one_colour_are_masks(rgb, suffix, tmp_path, capfd):
+    """Also blurred; and a grey one among them."""
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    plain = masks(data)
+    for split in data.iterdir():
+        for i, path in enumerate(sorted(split.glob("masks/*"))):
+            picture = coloured(cv2.imread(str(path), 0), rgb) if i else cv2.imread(str(path), 0)
+            path.unlink()
+            write(path.with_suffix(suffix), picture, [cv2.IMWRITE_JPEG_QUALITY, 80] if suffix == ".jpg" else ())
+    found = masks(data)
+    assert (found & plain).sum() > 0.97 * (found | plain).sum()
+    accepted(capfd, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("rgb", [(0, 255, 0), (255, 255, 0), (255, 255, 255), (160, 160, 160)])
+@pytest.mark.parametrize("where", ["in one file", "in another file"])
+def test_masks_in_two_colours_are_refused_with_the_colours(rgb, suffix, where, tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    for split in data.iterdir():
+        for i, path in enumerate(sorted(split.glob("masks/*"))):
+            mask = cv2.imread(str(path), 0)
+            picture, ventricle = coloured(mask, (255, 0, 0)), np.zeros_like(mask)
+            ventricle[4:12, 10:30] = mask[4:12, 10:30] == 0
+            path.unlink()
+            if where == "in one file":
+                picture += coloured(ventricle, rgb)
+            elif i == 2 and split.name == "train":
+                picture = coloured(mask, rgb)
+            write(path.with_suffix(suffix), picture, [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix == ".jpg" else ())
+    if where == "in another file" and rgb == (255, 255, 255):  # as if it were grey
+        accepted(capfd, data, tmp_path / "out")
+        return
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert f"masks/2{suffix}" in message
+    if where == "in another file" and rgb == (160, 160, 160):  # a third level
+        assert "grey levels" in message
+        return
+    assert "more than one colour" in message and "one colour on black" in message
+    assert suffix == ".jpg" or "#ff0000 (" in message and "#{:02x}{:02x}{:02x} (".format(*rgb) in message
+    assert (f"masks/3{suffix}" in message) == (where == "in one file")
+
+
+def test_a_palette_is_applied_before_levels_and_colours_are_judged(tmp_path, capfd):
+    """Index 0 may be white; a coloured palette is colours, a grey one levels."""
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    plain = {split: masks(data, split) for split in ("train", "valid")}
+    for split in data.iterdir():
+        for path, mask in zip(sorted(split.glob("masks/*")), plain[split.name]):
+            indexed = Image.fromarray(1 - mask).convert("P")
+            indexed.putpalette([255, 255, 255, 0, 0, 0])
+            indexed.save(path)
+    assert all(np.array_equal(masks(data, split), plain[split]) for split in plain)
+    for path in data.glob("*/masks/*"):
+        indexed = Image.open(path)
+        pixels = np.array(indexed)
+        pixels[:5, :5] = 2
+        indexed = Image.fromarray(pixels).convert("P")
+        indexed.putpalette([255, 0, 0, 0, 0, 0, 0, 255, 0])
+        indexed.save(path)
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert "#ff0000" in message and f"#00ff00 ({12 * 25} pixels)" in message
+
+
+# --- names and formats
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_names_that_are_no_unicode_are_problems_of_their_images(tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    for folder in (b"", b"masks/"):
+        place = os.fsencode(data / "train") + b"/" + folder
+        os.rename(place + b"2.png", place + "脑瘤".encode("gbk") + b".png")
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert "1 image" in message and "rename it" in message and str(data / "train") in message
+    assert table(accepted(capfd, data, tmp_path / "out", "--skip-bad-images")[0])["unusable images"] == ["1", "0"]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".TGA", ".npy", ".ppm", ".jp2", ".nii.gz"])
+def test_files_of_formats_that_are_not_read_are_named_as_such(suffix, tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"])
+    (data / "train/masks/2.png").rename(data / f"train/masks/2{suffix}")
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert "mask file of a format that is not read" in message and f"masks/2{suffix}" in message
+    for path in data.glob("*/masks/*.png"):
+        path.rename(path.with_name(path.stem + suffix))
+    assert "mask file of a format that is not read" in refused(capfd, data, tmp_path / "out", "--audit")
+    for path in data.glob("*/masks/*"):
+        path.rename(path.parent.parent / path.name)
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert "6 files of a format that is not read, such as " in message and suffix in message
+    data = make(tmp_path / "coco")
+    (data / "valid" / f"x{suffix}").write_bytes(b"x")
+    said, = remarks(accepted(capfd, data, tmp_path / "out")[0])
+    assert "image file of a format that is not read" in said and f"valid/x{suffix}" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_linked_folders_are_followed_once(tmp_path, capfd):
+    data, other = pairs(tmp_path / "data", PLACES["masks"]), pairs(tmp_path / "other", PLACES["masks"], 4, ("P7",))
+    (data / "train" / "P7").symlink_to(other / "P7")
+    (other / "P7" / "loop").symlink_to(data / "train")
+    (data / "train" / "again").symlink_to(other / "P7")
+    assert table(accepted(capfd, data, tmp_path / "out")[0])["images"] == ["10", "6"]
+
+
 def relabel(path, where, value):
-    mask = script.read_mask_file(path)
+    mask = script.read_mask_file(path)[0]
     mask[where] = value
     write(path, mask)
 
@@ -411,13 +526,13 @@ def write_float(root, stem):
     (lambda root: write(root / "train" / "other_mask.png", squares()), "mask without image"),
     (lambda root: write(root / "train" / "masks" / "切片 2.png", squares()), "two masks for one image"),
     (lambda root: write(root / "train" / "切片 2.jpg", noise_picture(1, 96, 128)), "mask for more than one image"),
-    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "its mask: not an image"),
+    (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b"x"), "its mask: not a JPEG"),
     (lambda root: (root / "train" / "切片 2_mask.png").write_bytes(b""), "its mask: the file is empty"),
     (lambda root: write(root / "train" / "切片 2_mask_2.png", squares()), "two masks for one image"),
     (lambda root: write_float(root, "切片 2"), "other numbers than 8 or 16 bit"),
     (lambda root: write(root / "train" / "切片 2_mask.png", np.dstack([squares() * 0] * 3 + [squares()])),
      "only transparency"),
-    (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not an image")])
+    (lambda root: (root / "train" / "切片 2.png").write_bytes(b"x"), "not a JPEG, PNG, BMP, TIFF or WebP image")])
 def test_masks_that_could_mean_anything_are_refused_by_name(change, words, tmp_path, capfd):
     data = pairs(tmp_path / "data", PLACES["beside"])
     change(data)
