@@ -3091,6 +3091,7 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
 
 def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     """Do what the command line asks for. Raises TrainerError and Interrupted."""
+    keep_memory()
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
     if not (mode.predict or mode.audit or mode.evaluate or mode.check_labels):
         start_processes(cfg)
@@ -3141,13 +3142,17 @@ def find_device(name: str) -> torch.device:
 
 
 def set_up_machine(cfg: Settings, device: torch.device) -> None:
-    """The switches of PyTorch, and of the memory below it, that make training fast."""
+    """The switches of PyTorch that make training fast."""
     torch.backends.cudnn.benchmark = not cfg.DETERMINISTIC
     torch.use_deterministic_algorithms(cfg.DETERMINISTIC, warn_only=True)
     torch.set_float32_matmul_precision("highest" if cfg.DETERMINISTIC else "high")  # TF32 for what stays float32
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # glibc gives large blocks back at once, and the system clears every page of the next activation again: a
-        # quarter of the time. These two options of mallopt(3) keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = never.
+
+
+def keep_memory() -> None:
+    """Keep freed memory for the next image or activation, where the system's library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        # It gives large blocks back at once, and the system clears every page again: half the time of reading images, a
+        # quarter of that of a training step. These options of mallopt(3) are M_MMAP_MAX = 0, M_TRIM_THRESHOLD = never.
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)
         libc.mallopt(-1, -1)

@@ -216,6 +216,7 @@ class This:
         self.options, self.device, self.splits, self.cache = options, device, {}, None
         self.precision = str(script.amp_dtype(self.cfg.PRECISION, device)).removeprefix("torch.")
         self.saving = options.part == "epoch" and options.version != "unsaved"
+        script.keep_memory()
         script.set_up_machine(self.cfg, device)
 
     def build(self):
