@@ -1654,15 +1654,19 @@ def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     return summary | {f"pooled_{name}": value.item() for name, value in pooled.items() if value.isfinite()}
 
 
-def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = None) -> dict:
+def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = None,
+                 leaks: list[bool] | None = None) -> dict:
     """The reported scores of a set from those of its images: summarize(), and what a mean over images hides.
 
     dice_with_tumour, iou_with_tumour: means over the images that have a tumour.
     tumour_free_predicted_empty: the share of the other images in which no tumour is predicted.
     dice_per_patient_mean, _median: over patients (a name for each image, or None), of the Dice of all pixels of a
-    patient. NAME_95_ci: confidence_interval(). What a set does not have is absent.
+    patient. dice_without_near_duplicates: of the images that leaks (whether each looks like one in train) leaves.
+    dice_of_whole_image: of a prediction that marks every pixel. NAME_95_ci: confidence_interval(). What a set does not
+    have is absent.
     """
-    result, tumour = summarize(scores), (scores["true_positive_px"] + scores["false_negative_px"] > 0).numpy()
+    annotated = (scores["true_positive_px"] + scores["false_negative_px"]).numpy()
+    result, tumour = summarize(scores), annotated > 0
     owners = np.array(patients or range(len(tumour)))
     values = {name: (scores[name].numpy(), owners) for name in ("dice", "iou")}
     values |= {f"{name}_with_tumour": (scores[name].numpy()[tumour], owners[tumour]) for name in ("dice", "iou")}
@@ -1670,6 +1674,9 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
         names, groups = np.unique(patients, return_inverse=True)
         counts = [torch.from_numpy(np.bincount(groups, scores[name].numpy())) for name in COUNTS]
         values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), names
+    if leaks and any(leaks):
+        alone = ~np.array(leaks)
+        values["dice_without_near_duplicates"] = scores["dice"].numpy()[alone], owners[alone]
     for name, (found, whose) in values.items():
         defined = np.isfinite(found)
         found, whose, count = found[defined], whose[defined], len(found)
@@ -1681,7 +1688,8 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
             result[f"{name}_95_ci"] = confidence_interval(found, whose)
     if not tumour.all():
         result["tumour_free_predicted_empty"] = float((scores["false_positive_px"].numpy() == 0)[~tumour].mean())
-    return result
+    pixels = sum(scores[name] for name in COUNTS).numpy()
+    return result | {"dice_of_whole_image": float((2 * annotated / (annotated + pixels)).mean())}
 
 
 def confidence_interval(values: np.ndarray, patients: np.ndarray | list[str] | None = None) -> list[float]:
@@ -2395,14 +2403,18 @@ def score_split(model: torch.nn.Module, dataset: BrainTumorDataset, name: str) -
 
 
 def write_scores(folder: Path, name: str, entries: list[ImageEntry], rows: list[dict[str, float]]) -> dict:
-    """Write the scores of a split's images, of score_split(), as NAME_metrics.csv. Returns those of the split."""
+    """Write the scores of a split's images, of score_split(), as NAME_metrics.csv. Returns those of the whole split."""
     report_unannotated(name, entries, [row.pop("confident_px") for row in rows])
-    patients = [entry.patient for entry in entries if entry.patient]
+    known = {column: [getattr(entry, column) for entry in entries] for column in ("patient", "near_duplicate")}
+    known = {column: texts for column, texts in known.items() if any(texts)}
     write_table(folder / f"{name}_metrics.csv", [
-        {"file_name": entry.file_name} | ({"patient": entry.patient} if patients else {})
+        {"file_name": entry.file_name} | {column: texts[i] for column, texts in known.items()}
         | {column: f"{value:.10g}" if math.isfinite(value) else "" for column, value in row.items()}
-        for entry, row in zip(entries, rows)])
-    return {"images": len(rows)} | summarize_images(rows, patients)
+        for i, (entry, row) in enumerate(zip(entries, rows))])
+    columns = {column: torch.tensor([row[column] for row in rows], dtype=torch.float64) for column in rows[0]}
+    lesions = {column: int(columns.pop(column).sum()) for column in ("lesions", "lesions_found", "false_lesions")}
+    leaks = [bool(entry.near_duplicate) for entry in entries]
+    return {"images": len(rows)} | final_scores(columns, known.get("patient"), leaks) | lesions
 
 
 def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None) -> None:
@@ -2415,12 +2427,17 @@ def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None
         scores[name] = write_scores(output, name, entries, rows)
         if name == "test":
             plot_scores(output, name, model, entries, rows, dice)
-    threshold = model.prediction_settings["threshold"]
-    print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid.")
-    for name in scores:
-        if splits[name].near_duplicates:
-            log(f"  {NEAR_DUPLICATES.format(splits[name].near_duplicates, len(splits[name].entries), name)}")
     metadata = model.metadata | model.prediction_settings
+    threshold = metadata["threshold"]
+    of_epoch = metadata.get("valid_metrics_at_img_size", {}).get("dice", 0)
+    print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid. Valid has chosen it and the epoch, so "
+                 "its scores are a little too good:\nreport those of test. The best validation Dice of the epochs "
+                 f"({of_epoch:.4f}) is at {cfg.IMG_SIZE} px and threshold 0.5: another number.")
+    for name, found in scores.items():
+        if splits[name].near_duplicates:
+            both = [f"{found[row]:.3f}" for row in ("dice", "dice_without_near_duplicates") if row in found]
+            log(f"  {NEAR_DUPLICATES.format(splits[name].near_duplicates, found['images'], name)}"
+                f" (Dice {', without these images '.join(both)})")
     write_metadata(checkpoint, metadata | {f"{name}_metrics": found for name, found in scores.items()})
     if str(metadata.get("encoder_weights_from")).startswith("random ("):
         warn("this model started from RANDOM weights, because the ImageNet weights were not available: its scores are "
@@ -2439,7 +2456,7 @@ def evaluate(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: P
     print_scores(scores, f"Scores of {cfg.DATA_DIR}.")
     settings = {name: model.prediction_settings[name] for name in ("threshold", "test_time_augmentation")}
     write_json(folder / "scores.json", {
-        "data_dir": cfg.DATA_DIR, "checkpoint": str(checkpoint),
+        "data_dir": cfg.DATA_DIR, "checkpoint": os.path.abspath(checkpoint),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), **settings, "convention": CONVENTION,
         **{f"{name}_metrics": found for name, found in scores.items()}})
     log(f"Scores, tables and pictures: {folder}. The model is as it was.")
@@ -2471,31 +2488,30 @@ def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[
              f"Look at {', '.join(found[:3])}, and see UNANNOTATED.")
 
 
-def summarize_images(rows: list[dict[str, float]], patients: list[str]) -> dict:
-    """final_scores() of score_test_image() of all images, with mean HD95 and the number of lesions."""
-    columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
-    lesions = {name: int(columns.pop(name).sum()) for name in ("lesions", "lesions_found", "false_lesions")}
-    return final_scores(columns, patients) | lesions
+# What a thesis needs, in this order; the other scores come below.
+REPORTED = ("images", "dice", "dice_per_patient_mean", "iou", "precision", "recall", "specificity", "hd95_px",
+            "lesions")
 
 
 def print_scores(metrics: dict[str, dict], title: str) -> None:
     """Print the scores of splits side by side, under their names in the JSON; of the pooled ones only Dice."""
     def cell(scores, row):
         value, interval, count = scores.get(row, ""), scores.get(f"{row}_95_ci"), scores.get(f"{row}_n")
+        if row == "lesions":
+            return "{lesions_found} of {lesions} found, {false_lesions} false".format(**scores).ljust(32)
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
                 + f" n={count}" * (count is not None)).ljust(32)
 
-    log(f"\n{title} Scores at the original resolution, with 95 % confidence\nintervals: means over images, if not "
-        "said otherwise. Where n is given, only so many have that score: without\ntumour, annotated or predicted, "
-        "there is no Dice; a false alarm in a tumour-free image has Dice 0.")
+    log(f"\n{title}\nScores are at the original resolution, means over images, in brackets 95 % confidence intervals. "
+        "n: how many have that\nscore, where not all have; without tumour, annotated or predicted, there is no Dice; a "
+        "false alarm where no tumour is\nhas Dice 0. To be reported are the lines above the gap.")
     log(" " * 31 + "".join(name.ljust(32) for name in metrics).rstrip())
-    for row in dict.fromkeys(row for scores in metrics.values() for row in scores):
-        if row in ("images", "pooled_dice") or not re.search("_95_ci$|_n$|^pooled_|lesions", row):
-            log("  " + row.ljust(29) + "".join(cell(scores, row) for scores in metrics.values()).rstrip())
+    names = dict.fromkeys(row for scores in metrics.values() for row in scores
+                          if row == "pooled_dice" or not re.search("_95_ci$|_n$|^pooled_|lesions_found|false_les", row))
+    for row in [*(row for row in REPORTED if row in names), "", *(row for row in names if row not in REPORTED)]:
+        log(f"  {row:29}{''.join(cell(scores, row) for scores in metrics.values())}".rstrip())
     for name, found in metrics.items():
-        log(f"  Lesions detected in {name}: {found['lesions_found']} of {found['lesions']} (any overlap); false "
-            f"positives: {found['false_lesions']}")
         if "dice_with_tumour" not in found:
             log(f"  No image of {name} has a tumour, and " + (
                 "its Dice only counts false alarms." if "dice" in found else "none is predicted: there is no Dice."))
@@ -2555,8 +2571,8 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
         + " Most of what follows are probably its own mistakes: train it longer, or on more\nimages, before you change "
         "annotations." * (not mean >= WEAK_MODEL))
     kinds = Counter(row["kind"] for row, _ in rows)
-    log("The model contradicts " + (", ".join(f"{kinds[kind]} x {kind}" for kind in (*LABEL_FINDINGS, NO_ANNOTATION))
-                                    if rows else "no annotation") + ".")
+    kinds = [f"{kinds[kind]} x {kind}" for kind in (*LABEL_FINDINGS, NO_ANNOTATION) if kind in kinds]
+    log(f"The model contradicts {', '.join(kinds) or 'no annotation'}.")
     if rows:
         write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
         cases = [(entry, f"{number}. {row['split']}: ",

@@ -101,7 +101,8 @@ def test_the_json_is_the_record_of_the_run_and_holds_what_other_code_needs(recor
                "without_annotation": images // 8, "skipped": 0, "near_duplicates": 0}
         for name, images in (("train", 32), ("valid", 8), ("test", 8))}
     bounded = [name + kind for name in ("dice", "iou") for kind in ("", "_with_tumour")]
-    final = {*SCORES, *POOLED, "tumour_free_predicted_empty", *bounded, *(f"{name}_95_ci" for name in bounded)}
+    final = {*SCORES, *POOLED, "dice_of_whole_image", "tumour_free_predicted_empty", *bounded,
+             *(f"{name}_95_ci" for name in bounded)}
     for split in ("valid", "test"):  # and how many images have a score
         names = {name.removesuffix("_n") for name in record[f"{split}_metrics"]}
         assert names == {"images", *final, *EXTENT}
@@ -191,10 +192,9 @@ def test_the_console_tells_what_matters(trained, record):
     found = record["test_metrics"]
     for words in ("No GPU is used", f"Threshold {record['threshold']:.2f}", f"{found['dice']:.4f} (",
                   "there is no Dice", "({:.3f} to {:.3f})".format(*found["dice_95_ci"]),
-                  f"{found['hd95_px']:.4f}",
+                  f"{found['hd95_px']:.4f}", f"{found['lesions_found']} of 9 found, {found['false_lesions']} false\n",
                   f"dice_with_tumour             {record['valid_metrics']['dice_with_tumour']:.4f}",
                   f"tumour_free_predicted_empty  {record['valid_metrics']['tumour_free_predicted_empty']:.4f}",
-                  f"Lesions detected in test: {found['lesions_found']} of 9 (any overlap); false positives: ",
                   script.BEST, "training_history.png", "training_samples.png", "test_predictions.png"):
         assert words in trained[1].stdout
     sentence = "Training on the bundled synthetic sample images (32). Use --data-dir for your own.\n"

@@ -351,7 +351,7 @@ def counts(*rows):
 def test_final_scores_by_hand():
     """Four patients: one is right, one has a false alarm, of one nothing is found, and one has no tumour at all."""
     scores = counts((4, 0, 0), (0, 0, 0), (2, 1, 1), (0, 3, 0), (0, 0, 5), (0, 0, 0))
-    found = script.final_scores(scores, ["a", "a", "b", "b", "c", "d"])
+    found = script.final_scores(scores, ["a", "a", "b", "b", "c", "d"], [True, True, False, False, False, False])
     assert found["dice"] == approx((1 + 2 / 3 + 0 + 0) / 4) and found["dice_n"] == 4
     assert found["dice_with_tumour"] == approx((1 + 2 / 3 + 0) / 3) and "dice_with_tumour_n" not in found
     assert found["iou_with_tumour"] == approx((1 + 1 / 2 + 0) / 3)
@@ -362,6 +362,10 @@ def test_final_scores_by_hand():
     assert found["dice_per_patient_mean_95_ci"] == script.confidence_interval(np.array([1, 4 / 9, 0]))
     assert found["dice_with_tumour_95_ci"] == script.confidence_interval(np.array([1, 2 / 3, 0]), ["a", "b", "c"])
     assert found["dice_95_ci"] == script.confidence_interval(np.array([1, 2 / 3, 0, 0]), ["a", "b", "b", "c"])
+    assert found["dice_without_near_duplicates"] == approx((2 / 3 + 0 + 0) / 3)
+    assert found["dice_without_near_duplicates_95_ci"] == script.confidence_interval(np.array([2 / 3, 0, 0]), [*"bbc"])
+    # Of 4, 3 and 5 annotated ones of 9 pixels, and of 0, for which marking everything is a false alarm.
+    assert found["dice_of_whole_image"] == approx((8 / 13 + 6 / 12 + 10 / 14 + 0 + 0 + 0) / 6)
     assert found.items() >= script.summarize(scores).items()
 
 
@@ -369,10 +373,11 @@ def test_what_a_set_does_not_have_is_absent():
     found = script.final_scores(counts((4, 0, 0), (2, 1, 1)))
     assert not any(name.endswith("_95_ci") for name in script.final_scores(counts((4, 0, 0), (2, 1, 1)), ["a", "a"]))
     assert found["dice_with_tumour"] == found["dice"] and "tumour_free_predicted_empty" not in found
-    assert not any("patient" in name or name.endswith("_n") for name in found)
+    assert not any("patient" in name or "near" in name or name.endswith("_n") for name in found)
     found = script.final_scores(counts((0, 0, 0), (0, 1, 0)))
     assert found["tumour_free_predicted_empty"] == 0.5 and not any("with_tumour" in name for name in found)
-    assert script.final_scores(counts((0, 0, 0), (0, 0, 0)), ["a", "b"]) == {"tumour_free_predicted_empty": 1.0}
+    assert script.final_scores(counts((0, 0, 0), (0, 0, 0)), ["a", "b"]) == {
+        "tumour_free_predicted_empty": 1.0, "dice_of_whole_image": 0.0}
 
 
 def test_an_interval_of_two_patients_by_hand():

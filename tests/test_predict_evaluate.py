@@ -548,7 +548,7 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     data = tmp_path / "data"
     write_cases(data / "test", *[(annotated, filled(boxes)) for annotated, boxes, _ in cases])
     write_cases(data / "valid", ([block], filled([(*block, 255)])))
-    metadata, rows = finish(saved(tmp_path / "run"), data)
+    metadata, rows = finish(saved(tmp_path / "run", valid_metrics_at_img_size={"dice": 0.75}), data)
     columns = ("dice", "hd95_px", "lesions", "lesions_found", "false_lesions")
     for row, (_, _, numbers) in zip(rows, cases, strict=True):
         assert [row[name] and float(row[name]) for name in columns] == [
@@ -563,12 +563,14 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
     assert found["dice_with_tumour"] == pytest.approx((1 + 2 / 3 + 0.7) / 3)
     assert found["tumour_free_predicted_empty"] == 0.5
     assert "tumour_free_predicted_empty" not in metadata["valid_metrics"]
+    pixels = np.array([100, 2, 0, 0, 100])  # annotated
+    assert found["dice_of_whole_image"] == pytest.approx((2 * pixels / (pixels + 64 * 64)).mean())
     out = capsys.readouterr().out
 
     def cell(name):
         return f"{found[name]:.4f} " + "({:.3f} to {:.3f})".format(*found[f"{name}_95_ci"])
 
-    for line in ("Threshold 0.50 gives the best Dice on valid. Scores at the original resolution, with 95 % ",
+    for line in ("Threshold 0.50 gives the best Dice on valid. ", "epochs (0.7500) is at 64 px and threshold 0.5",
                  f"{'':31}{'valid':32}test\n",
                  f"  {'images':29}{'1':32}5\n",
                  f"  {'dice':29}{'1.0000':32}{cell('dice')} n=4\n",
@@ -577,10 +579,14 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
                  f"  {'dice_with_tumour':29}{'1.0000':32}{cell('dice_with_tumour')}\n",
                  f"  {'tumour_free_predicted_empty':29}{'':32}0.5000\n",
                  f"  {'hd95_px':29}{'0.0000':32}{found['hd95_px']:.4f} n=3\n",
-                 "  Lesions detected in test: 3 of 4 (any overlap); false positives: 1\n",
+                 f"  {'lesions':29}{'1 of 1 found, 0 false':32}3 of 4 found, 1 false\n\n",
+                 f"  {'dice_of_whole_image':29}{200 / 4196:<32.4f}{found['dice_of_whole_image']:.4f}\n",
                  "  The intervals are too narrow if several images come from one patient: see PATIENT_PATTERN.\n"):
         assert line in out, out
     assert not any(name in out for name in ("pooled_iou", "_95_ci", "lesions_found"))
+    reported = ["images", "dice", "iou", "precision", "recall", "hd95_px", "lesions"]
+    lines = [line.split()[:1] for line in out.partition(f"{'':31}valid")[2].splitlines()[1:]]
+    assert [name for name, in lines[:lines.index([])] if name in reported] == reported
 
 
 def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monkeypatch, capsys):
@@ -602,8 +608,8 @@ def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monke
     record = json.loads((out / script.BEST).with_suffix(".json").read_text("utf-8"), parse_constant=no_nan)
     assert record["best_epoch"] == 1 and "dice" not in record["valid_metrics_at_img_size"]
     assert record["valid_metrics"]["dice"] == 0 and record["threshold"] == 0.5
-    assert record["test_metrics"] == {"images": 1, "tumour_free_predicted_empty": 1, "lesions": 0, "lesions_found": 0,
-                                      "false_lesions": 0}
+    assert record["test_metrics"] == {"images": 1, "tumour_free_predicted_empty": 1, "dice_of_whole_image": 0,
+                                      "lesions": 0, "lesions_found": 0, "false_lesions": 0}
     assert [row.get("dice", "") for row in table(out / "training_history.csv")] == [""] * 3
     assert [table(out / "test_metrics.csv")[0][name] for name in ("dice", "recall", "hd95_px")] == [""] * 3
     assert "none is predicted: there is no Dice." in capsys.readouterr().out
@@ -650,6 +656,13 @@ def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kin
     data, run, text = one_kind
     counts = script.read_metadata(run / script.BEST)[0]["data_counts"]
     assert {name: part["near_duplicates"] for name, part in counts.items()} == {"train": 0, "valid": 1, "test": 0}
+    rows, found = table(run / "valid_metrics.csv"), script.read_metadata(run / script.BEST)[0]["valid_metrics"]
+    assert [row["near_duplicate"] for row in rows] == ["slice_0.png", "", ""]
+    assert found["dice"] == pytest.approx(np.mean([float(row["dice"]) for row in rows if row["dice"]]))
+    alone = [float(row["dice"]) for row in rows[1:] if row["dice"]]
+    assert found["dice_without_near_duplicates"] == pytest.approx(np.mean(alone))
+    assert f"(Dice {found['dice']:.3f}, without these images {np.mean(alone):.3f})" in text
+    assert "near_duplicate" not in table(run / "test_metrics.csv")[0]
     sentence = "1 of 3 valid images look like an image in train: scores may be too good for new patients"
     assert text.count(sentence) == 2 and "test images look like" not in text  # in the audit, and below the scores
     evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data)
