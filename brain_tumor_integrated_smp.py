@@ -2430,9 +2430,9 @@ def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None
     metadata = model.metadata | model.prediction_settings
     threshold = metadata["threshold"]
     of_epoch = metadata.get("valid_metrics_at_img_size", {}).get("dice", 0)
-    print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid. Valid has chosen it and the epoch, so "
-                 "its scores are a little too good:\nreport those of test. The best validation Dice of the epochs "
-                 f"({of_epoch:.4f}) is at {cfg.IMG_SIZE} px and threshold 0.5: another number.")
+    print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid. Valid has chosen it and the epoch: "
+                 "its scores are a little\ntoo good, report those of test. The best validation Dice of the epochs "
+                 f"({of_epoch:.4f}) is at {cfg.IMG_SIZE} px and threshold 0.5.")
     for name, found in scores.items():
         if splits[name].near_duplicates:
             both = [f"{found[row]:.3f}" for row in ("dice", "dice_without_near_duplicates") if row in found]
