@@ -243,6 +243,27 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return (resize(255 * mask, height, width) >= 128).astype(np.uint8)  # in bytes: a float mask is four times as large
 
 
+def preprocess(image: np.ndarray) -> np.ndarray:
+    """What is done to every image before it is resized, in training, evaluation and prediction alike: nothing.
+
+    RGB uint8 [H, W, 3] in; out a new array of the same kind and size. Contrast enhancement (CLAHE) goes here, and what
+    is random into build_transform(). Once it is edited, runs from before cannot be resumed, and load_model() warns of
+    their models. training_samples.png shows what it does; overlays and test cases show images as they are in the file.
+    """
+    return image
+
+
+def preprocess_digest() -> str:
+    """A digest of what preprocess() makes of a fixed picture; "" if nothing. Raises TrainerError if it is no image."""
+    y, x = np.mgrid[:64, :64]
+    picture = np.dstack([4 * x, 4 * y, x * y % 256]).astype(np.uint8)
+    given = picture.copy()
+    made = preprocess(given)
+    if getattr(made, "dtype", None) != np.uint8 or made.shape != picture.shape or not np.array_equal(given, picture):
+        raise TrainerError("preprocess() must return a new RGB uint8 array [H, W, 3] of the size of its image")
+    return "" if np.array_equal(made, picture) else hashlib.sha256(made.tobytes()).hexdigest()
+
+
 def notes() -> dict[str, list[str]]:
     """An empty record of what checks find: by kind, a detail for each time."""
     return defaultdict(list)
@@ -330,7 +351,7 @@ def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERC
     if entry.mask_path and image.shape[:2] != mask.shape:
         sizes = "x".join(map(str, mask.shape[::-1])), "x".join(map(str, image.shape[1::-1]))
         raise TrainerError(f"{entry.path}: its mask has another size, {sizes[0]} pixels instead of {sizes[1]}")
-    return resize(image, img_size, img_size), resize_mask(mask, img_size, img_size), image
+    return resize(preprocess(image), img_size, img_size), resize_mask(mask, img_size, img_size), image
 
 
 # ===== Splits: their files, and what is wrong with them ===============================================================
@@ -1267,8 +1288,9 @@ def fingerprint(splits: dict[str, Split]) -> str:
 
 
 def build_transform(train: bool, normalize: bool = True, mean: tuple = MEAN, std: tuple = STD) -> A.Compose:
-    """The Albumentations pipeline for RGB uint8 [S, S, 3] images and uint8 0/1 [S, S] masks.
+    """The Albumentations pipeline for RGB uint8 [S, S, 3] images and uint8 0/1 [S, S] masks: augmentation only.
 
+    What every image needs, in prediction too, belongs into preprocess().
     train: random flips, turns, warps and intensities; otherwise none.
     normalize: end in normalised float32 [3, S, S] and mask [S, S] tensors; otherwise the arrays stay uint8, which are
     a quarter of the bytes, and to_input() normalises on the device.
@@ -1450,9 +1472,11 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
                 architecture: str = ARCHITECTURE) -> tuple[torch.nn.Module, str]:
     """A network with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
 
+    Any nn.Module that does this may be returned instead: load_model() calls this function too, and the JSON names the
+    class. Weights whose name begins with "encoder." count as pretrained, see build_optimizer().
     encoder_weights: "imagenet" (downloaded), None, or a local file of the encoder's weights.
-    Returns (model, where the encoder's weights come from, for the JSON). When the download is impossible, the model
-    starts from random weights, with a warning. Raises TrainerError for a local file that does not fit.
+    Returns (model, where its weights come from: "random ..." or anything else). When the download is impossible, the
+    model starts from random weights, with a warning. Raises TrainerError for a local file that does not fit.
     """
     unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
     try:
@@ -1553,7 +1577,8 @@ def load_weights(module: torch.nn.Module, weights: dict, path: str | Path) -> No
         module.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:  # other names or shapes; not even tensors
         differences = [line.strip()[:300] for line in str(error).splitlines()[1:]] or [str(error)]
-        raise TrainerError(f"{path} does not fit this model; is ENCODER the same?{bullet_list(differences)}") from None
+        raise TrainerError(f"{path} does not fit this model; are ENCODER and build_model() the same?"
+                           f"{bullet_list(differences)}") from None
 
 
 # ===== Losses: float32 logits [B, 1, S, S] and targets (0 or 1) of the same shape in, a mean over images out ==========
@@ -1629,9 +1654,12 @@ def image_metrics(probabilities: torch.Tensor, masks: torch.Tensor, threshold: f
 
 def metrics_from_counts(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, tn: torch.Tensor
                         ) -> dict[str, torch.Tensor]:
-    """Dice, IoU, precision and recall from pixel counts (float64, any shape), range 0..1; NaN where undefined."""
+    """Scores from pixel counts (float64, any shape), range 0..1; NaN where undefined: their denominator is 0.
+
+    What is added here reaches the history, the tables and the JSON, for each image, as a mean and as pooled_*.
+    """
     return {"dice": 2 * tp / (2 * tp + fp + fn), "iou": tp / (tp + fp + fn), "precision": tp / (tp + fp),
-            "recall": tp / (tp + fn)}
+            "recall": tp / (tp + fn), "specificity": tn / (tn + fp)}
 
 
 def mean_of_defined(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1835,44 +1863,81 @@ def validate(model: torch.nn.Module, loader, criterion, device: torch.device, *,
 def build_optimizer(model: torch.nn.Module, cfg: Settings, weights_from: str) -> torch.optim.Optimizer:
     """AdamW with one learning rate for pretrained weights, and a larger one for randomly initialised ones.
 
-    weights_from: "checkpoint ..." if all weights are pretrained, "random ..." if none is; otherwise the encoder's are.
+    weights_from: "checkpoint ..." if all weights are pretrained, "random ..." if none is; otherwise the encoder's are,
+    or all of them in a model without encoder.
+    May return any torch.optim optimizer that steps without a closure; groups of weights may have a name, for the log.
+    The history's "lr" is that of the last group. State and constants are saved, and a resumed run must have the same.
     """
-    encoder_lr = cfg.LR_FROM_SCRATCH if weights_from.startswith("random") else cfg.LR
+    pretrained_lr = cfg.LR_FROM_SCRATCH if weights_from.startswith("random") else cfg.LR
     decoder_lr = cfg.LR if weights_from.startswith("checkpoint") else cfg.LR_FROM_SCRATCH
     encoder = [weight for name, weight in model.named_parameters() if name.startswith("encoder.")]
     decoder = [weight for name, weight in model.named_parameters() if not name.startswith("encoder.")]
-    groups = [{"params": encoder, "lr": encoder_lr}, {"params": decoder, "lr": decoder_lr}]
+    groups = [{"name": "encoder", "params": encoder, "lr": pretrained_lr},
+              {"name": "decoder", "params": decoder, "lr": decoder_lr}]
     # Fused: one kernel for all parameters, which skips a step with bad gradients (float16) without asking the GPU.
-    return torch.optim.AdamW(groups, decoder_lr, weight_decay=cfg.WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW(groups if encoder else model.parameters(), pretrained_lr, weight_decay=cfg.WEIGHT_DECAY,
+                             fused=True)
 
 
-def build_schedulers(optimizer: torch.optim.Optimizer, cfg: Settings) -> tuple:
-    """(LinearLR for the warm-up, stepped after each step; ReduceLROnPlateau, stepped with the Dice of each epoch)."""
+def build_schedulers(optimizer: torch.optim.Optimizer, cfg: Settings, steps_per_epoch: int) -> tuple:
+    """(LinearLR for the warm-up, stepped after each optimizer step; ReduceLROnPlateau, stepped after each epoch).
+
+    May return any two schedulers of torch.optim, or None for one that is not needed. The second one gets the epoch's
+    validation Dice if it is a ReduceLROnPlateau, and nothing if it is another. What they were built with (T_max,
+    milestones, ...) must be the same in a resumed run, so it ends with the EPOCHS of its start if that is part of it.
+    """
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, cfg.WARMUP_STEPS), total_iters=cfg.WARMUP_STEPS)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=cfg.PLATEAU_FACTOR,
                                                          patience=cfg.PLATEAU_PATIENCE, threshold=0)
     return warmup, plateau
 
 
+def built_with(optimizer: torch.optim.Optimizer, schedulers: tuple) -> dict[str, str]:
+    """The constants of optimizer, schedulers and preprocess() by name: a resumed run has to be built with the same."""
+    found = {"digest of preprocess()": preprocess_digest(), "optimizer": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups):
+        found |= {f"{name} of group {number}": value for name, value in group.items()}
+        found[f"params of group {number}"] = len(group["params"])
+    for place, scheduler in zip(("per step", "per epoch"), schedulers):
+        found[f"scheduler {place}"] = type(scheduler).__name__
+        found |= {f"{name} {place}": value for name, value in (scheduler.state_dict() if scheduler else {}).items()}
+    return {name: repr(value) for name, value in found.items()}
+
+
+def after_epoch(trainer: Trainer, row: dict) -> None:
+    """Called in the first process after each epoch, before it is saved. row: that of training_history.csv.
+
+    After a kill, the epochs since the last save are trained again, and come here again. Nothing is done by default; two
+    examples: a board of curves, and the weights of every tenth epoch.
+    """
+    # from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+    # with SummaryWriter(trainer.cfg.OUTPUT_DIR) as writer:
+    #     for name, value in row.items(): writer.add_scalar(name, value, trainer.epoch)
+
+    # if trainer.epoch % 10 == 0:
+    #     path, weights = Path(trainer.cfg.OUTPUT_DIR) / f"epoch_{trainer.epoch}.pth", portable_weights(trainer.ema)
+    #     write_file(path, lambda file: torch.save(weights, file))
+
+
 class Trainer:
     """Model, EMA, optimizer, schedulers, GradScaler and history: everything that changes while a model is trained."""
 
-    PLAIN = ("epoch", "epochs_without_improvement", "best_epoch", "best_dice", "best_weights", "history",
-             "weights_from", "fingerprint")
-    STATEFUL = ("model", "ema", "optimizer", "warmup", "plateau", "scaler")
+    PLAIN = ("epoch", "steps", "epochs_without_improvement", "best_epoch", "best_dice", "best_weights", "history",
+             "weights_from", "fingerprint", "built_with")
+    STATEFUL = ("model", "ema", "optimizer", "per_step", "per_epoch", "scaler")
 
     def __init__(self, cfg: Settings, device: torch.device, fingerprint: str, steps_per_epoch: int,
                  state: dict | None = None):
         """fingerprint: of the data. state: of an earlier Trainer's state(), to continue with, or None to start."""
         self.cfg, self.device, self.fingerprint = cfg, device, fingerprint
-        self.epoch = self.epochs_without_improvement = self.best_epoch = 0  # epochs are counted from 1
+        self.epoch = self.steps = self.epochs_without_improvement = self.best_epoch = 0  # epochs are counted from 1
         self.best_dice, self.best_weights, self.history = -1.0, {}, []
         torch.manual_seed(cfg.SEED)
         # A pretrained model needs no encoder weights. DistributedDataParallel copies the first process's to the others.
         weights = None if state or cfg.INIT_WEIGHTS or rank() else cfg.ENCODER_WEIGHTS
         with ending_together():
             model, origin = build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)
-        self.weights_from = gather(origin)[0]
+        self.weights_from = state["weights_from"] if state else gather(origin)[0]
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
             load_weights(model, weights.get("ema", weights.get("average", weights)), cfg.INIT_WEIGHTS)
@@ -1890,7 +1955,8 @@ class Trainer:
             [value for value in net.state_dict().values() if value.is_floating_point()] for net in (self.ema, model))
         self.ema_decay = 1 - 1 / max(1.0, cfg.EMA_EPOCHS * steps_per_epoch)  # 0: the EMA is the last weights
         self.optimizer = build_optimizer(model, cfg, self.weights_from)
-        self.warmup, self.plateau = build_schedulers(self.optimizer, cfg)
+        self.per_step, self.per_epoch = build_schedulers(self.optimizer, cfg, steps_per_epoch)
+        self.built_with = built_with(self.optimizer, (self.per_step, self.per_epoch))
         self.scaler = make_scaler(cfg.PRECISION, device)
         self.saved_best_epoch = 0  # of the best model that save_run() has put on disk
         if state:
@@ -1920,6 +1986,8 @@ class Trainer:
             now = time.perf_counter()  # the time from row to row includes everything, saving too
             self.history[-1] |= {"images_per_second": round(speed, 2), "seconds": round(now - previous, 2)}
             previous = now
+            if rank() == 0:
+                after_epoch(self, self.history[-1])
             if rank() == 0 and (self.finished() or now - saved >= cfg.SAVE_SECONDS):
                 save()
                 saved = time.perf_counter()
@@ -1936,12 +2004,13 @@ class Trainer:
         return self.epoch >= self.cfg.EPOCHS or 0 < patience <= self.epochs_without_improvement
 
     def after_step(self) -> None:
-        """Update the warm-up and the EMA of weights and running statistics after a training step."""
-        self.warmup.step()
-        steps = self.warmup.last_epoch
+        """Update the learning rate and the EMA of weights and running statistics after a training step."""
+        if self.per_step is not None:
+            self.per_step.step()
+        self.steps += 1
         # At first the EMA is over few steps (as in TensorFlow's ExponentialMovingAverage): with a constant decay, the
         # initial weights would stay in it for too long.
-        decay = min(self.ema_decay, (1 + steps) / (10 + steps))
+        decay = min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.ema_values, self.model_values, 1 - decay)
 
     def sync_batchnorm_statistics(self) -> None:
@@ -1954,8 +2023,9 @@ class Trainer:
 
     def check_finite(self, train_loss: float, valid_loss: float) -> None:
         """Raise FloatingPointError unless losses, weights and optimizer state are finite; so only that is saved."""
+        moments = (values.values() for values in self.optimizer.state.values())  # in some optimizers None or numbers
         values = itertools.chain(self.model.parameters(), self.ema.state_dict().values(),
-                                 *(moments.values() for moments in self.optimizer.state.values()))
+                                 filter(torch.is_tensor, itertools.chain.from_iterable(moments)))
         if not math.isfinite(train_loss + valid_loss):
             reason = f"the loss is not finite (training {train_loss:.4g}, validation {valid_loss:.4g})"
         elif self.scaler.get_scale() < 1:
@@ -1967,12 +2037,15 @@ class Trainer:
         raise FloatingPointError(f"epoch {self.epoch + 1}: {reason}")
 
     def end_epoch(self, train_loss: float, scores: dict[str, float]) -> bool:
-        """Add an epoch to the history; reduce the learning rate on a plateau. Returns whether it is the best epoch."""
+        """Add an epoch to the history; update the learning rate. Returns whether it is the best epoch."""
         self.epoch += 1
         self.history.append({"epoch": self.epoch, "train_loss": train_loss, **scores,
-                             "lr": self.optimizer.param_groups[1]["lr"]})  # the decoder's, which the epoch ended with
+                             "lr": float(self.optimizer.param_groups[-1]["lr"])})  # the epoch ended with it
         dice = scores.get("dice", 0.0)  # where no image has one
-        self.plateau.step(dice)
+        if isinstance(self.per_epoch, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.per_epoch.step(dice)
+        elif self.per_epoch is not None:
+            self.per_epoch.step()
         self.epochs_without_improvement += 1
         if dice <= self.best_dice:
             return False
@@ -1983,25 +2056,33 @@ class Trainer:
 
     def state(self) -> dict:
         """Everything that is needed to continue: tensors and plain values only, so that it can be read safely."""
+        stateful = {name: getattr(self, name) for name in self.STATEFUL}
         return ({name: getattr(self, name) for name in self.PLAIN}
-                | {name: getattr(self, name).state_dict() for name in self.STATEFUL})
+                | {name: {} if value is None else value.state_dict() for name, value in stateful.items()})
 
     def load_state(self, state: dict) -> None:
-        """Continue from a state. Raises TrainerError when it belongs to other data."""
+        """Continue from a state. Raises TrainerError when it belongs to other data, or was built otherwise."""
         if state["fingerprint"] != self.fingerprint:
             raise TrainerError("the images or masks in train/ or valid/ are not those of the saved run; restore the "
                                "data, or start a new run in another OUTPUT_DIR")
+        saved, now = state["built_with"], self.built_with
+        if changed := [f"{name}: saved {saved[name]}, now {now[name]}" for name in now.keys() & saved.keys()
+                       if now[name] != saved[name]]:
+            raise TrainerError(f"the saved run was built otherwise:{bullet_list(sorted(changed))}\nUndo what was "
+                               "edited in build_optimizer(), build_schedulers() or preprocess(), or the EPOCHS that a "
+                               "schedule depends on; or start a new run, perhaps with --init-weights")
         for name in self.PLAIN:
             setattr(self, name, state[name])
         for name in self.STATEFUL:
             if name in ("model", "ema"):
                 load_weights(getattr(self, name), state[name], LAST)
-            elif name != "scaler" or state[name] and self.scaler.is_enabled():  # a disabled scaler has no state
+            elif state[name] and (name != "scaler" or self.scaler.is_enabled()):  # empty: of None, a disabled scaler
                 getattr(self, name).load_state_dict(state[name])
         # A fused optimizer walks through weights and moments side by side: they need the same memory format.
-        for weight, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(weight).copy_(moments[name])
+        for weight, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.shape == weight.shape:
+                    values[name] = torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> list[str]:
@@ -2072,14 +2153,15 @@ def train_to_the_end(cfg: Settings, device: torch.device, splits: dict[str, Spli
         elif trainer.finished() and state["settings"]["used"]["EPOCHS"] < cfg.EPOCHS:
             trainer.epochs_without_improvement = 0  # it had stopped early, and the user asks for more epochs
     else:
-        encoder, rest = (group["initial_lr"] for group in trainer.optimizer.param_groups)
         origin = re.sub(r"^random .*", "random", trainer.weights_from, flags=re.S)  # the warning has said why
-        log(f"Learning rate {encoder:g} for the encoder (weights: {origin}), {rest:g} for the decoder.")
+        rates = [f"{group.get('initial_lr', group['lr']):g}" + (f" for the {group['name']}" if "name" in group else "")
+                 for group in trainer.optimizer.param_groups]
+        log(f"Learning rate {', '.join(rates)} (weights: {origin}).")
         if rank() == 0:
             archive_earlier_run(output)  # not earlier: INIT_WEIGHTS may be one of its files
             plot_samples(output / "training_samples.png", loaders["train"].dataset)
     del state  # as large as the trainer itself
-    save = functools.partial(save_run, trainer, describe_run(cfg, device, splits, trainer.weights_from))
+    save = functools.partial(save_run, trainer, describe_run(trainer, splits))
     if rank() == 0:
         save()  # a state to return to, with the settings that are used; and whatever a kill has left unwritten
     STOP.saved = True
@@ -2129,14 +2211,17 @@ def choose_safer_setting(cfg: Settings, device: torch.device, reason: str, out_o
          + (".\nEvery image weighs as much as before, but BatchNorm sees smaller batches." if out_of_memory else "."))
 
 
-def describe_run(cfg: Settings, device: torch.device, splits: dict[str, Split], weights_from: str) -> dict:
+def describe_run(trainer: Trainer, splits: dict[str, Split]) -> dict:
     """The JSON beside the best model: what other code needs to use it, and how it was made."""
-    modules = (torch, torchvision, smp, A, cv2, np, matplotlib)
+    cfg, model_class, modules = trainer.cfg, type(trainer.model), (torch, torchvision, smp, A, cv2, np, matplotlib)
+    known = model_class is smp.MODEL_ARCHITECTURES_MAPPING.get(cfg.ARCHITECTURE)  # otherwise build_model() was edited
     return {
-        "architecture": cfg.ARCHITECTURE, "encoder": cfg.ENCODER, **prediction_settings(cfg),
+        **({"architecture": cfg.ARCHITECTURE, "encoder": cfg.ENCODER} if known
+           else {"model_class": model_class.__name__}),
+        **prediction_settings(cfg), "preprocess_digest": preprocess_digest(),
         "settings": dict(vars(cfg)),
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
-        "device": str(device), "platform": platform.platform(), "encoder_weights_from": weights_from,
+        "device": str(trainer.device), "platform": platform.platform(), "encoder_weights_from": trainer.weights_from,
         "convention": CONVENTION,
         **({"held_out": [entry.file_name for entry in splits["valid"].entries]} if splits["valid"].held_out else {}),
         "data_counts": {name: {"images": len(split.entries),
@@ -2288,8 +2373,11 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
     if {*Trainer.STATEFUL} <= {*weights}:
         raise TrainerError(f"{checkpoint} is the state of a run, for --resume; the model is {BEST}")
-    model = build_model(metadata.get("encoder", cfg.ENCODER), None,
-                        metadata.get("architecture", "unetplusplus" if metadata else cfg.ARCHITECTURE))[0]
+    if metadata and metadata.get("preprocess_digest", "") != preprocess_digest():
+        warn(f"{checkpoint} was trained with another preprocess(): masks will be worse.")
+    trained = metadata.get("settings", {})
+    model = build_model(metadata.get("encoder", trained.get("ENCODER", cfg.ENCODER)), None, metadata.get(
+        "architecture", trained.get("ARCHITECTURE", "unetplusplus" if metadata else cfg.ARCHITECTURE)))[0]
     load_weights(model, weights, checkpoint)
     model.metadata = metadata
     if metadata:  # what a JSON lacks is from before the script had it
@@ -2333,7 +2421,8 @@ def predict_mask(model: torch.nn.Module, image: np.ndarray) -> np.ndarray:
 def segment(model: torch.nn.Module, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """predict_mask() without its checks. Returns (mask uint8 [H, W], tumour probability float32 [H, W])."""
     size = model.prediction_settings["img_size"]
-    small = np.ascontiguousarray(resize(image, size, size))  # BGR turned into RGB is a view that torch refuses
+    # BGR turned into RGB is a view that torch refuses.
+    small = np.ascontiguousarray(resize(preprocess(image), size, size))
     probability = predict_probability(model, small, *image.shape[:2])
     return binarize(probability, model.prediction_settings["threshold"]), probability
 
@@ -2797,7 +2886,7 @@ def plot_history(path: Path, history: list[dict], images: int) -> None:
     loss, scores, rate = figure.subplots(1, 3)
     marker = "." if len(history) < 30 else None
     for axis, lines in ((loss, {"train_loss": "training", "valid_loss": "validation"}),
-                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": "of the decoder"})):
+                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": "of the last group of weights"})):
         for key, label in lines.items():
             style = "steps-post" if key == "lr" else "default"
             values = [row.get(key, math.nan) for row in history]
@@ -2810,10 +2899,14 @@ def plot_history(path: Path, history: list[dict], images: int) -> None:
         axis.legend(fontsize=8)
     loss.set(title="Loss", ylabel="loss (mean over images)")
     scores.set(title=f"Validation, {plural(images, 'image')}", ylabel="mean over images", ylim=(0, 1))
-    rate.set(title="Learning rate", ylabel="learning rate", yscale="log")
+    rate.set(title="Learning rate", ylabel="learning rate")
     steps = sorted({row["lr"] for row in history[5:] or history[-1:]})  # not the warm-up's
-    rate.set_yticks(steps, [f"{step:.1e}" for step in steps])
-    rate.minorticks_off()
+    if len(steps) < 8 and min(row["lr"] for row in history) > 0:
+        rate.set_yscale("log")
+        rate.set_yticks(steps, [f"{step:.1e}" for step in steps])
+        rate.minorticks_off()
+    else:  # a curve
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     save_figure(path, figure)
 
 
@@ -3033,7 +3126,7 @@ def read_settings(argv: list[str] | None) -> tuple[Settings, argparse.Namespace]
     mode = parser.parse_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(mode).items() if name in CONSTANTS}
-    if "LR" in given:  # the user's choice is for all weights
+    if "LR" in given and "LR_FROM_SCRATCH" in CONSTANTS:  # the user's choice is for all weights
         given.setdefault("LR_FROM_SCRATCH", given["LR"])
     cfg = Settings(**vars(default_settings()) | given)
     for name in ("DATA_DIR", "OUTPUT_DIR", "ENCODER_WEIGHTS", "INIT_WEIGHTS"):
@@ -3082,8 +3175,8 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
     starts = not (mode.resume or mode.audit or mode.evaluate or mode.check_labels or mode.predict)
     for name, (legal, holds) in RULES.items():
-        if name in ("ENCODER_WEIGHTS", "INIT_WEIGHTS") and not starts:
-            continue
+        if name not in CONSTANTS or name in ("ENCODER_WEIGHTS", "INIT_WEIGHTS") and not starts:
+            continue  # an edit has made a constant needless
         try:
             good = holds(getattr(cfg, name))
         except (TypeError, AttributeError, RuntimeError, re.error):  # a constant of the wrong type, a strange device

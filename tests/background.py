@@ -219,4 +219,6 @@ def load_best(folder):
         return str(error)
     finite = all(bool(value.isfinite().all()) for value in model.state_dict().values())
     mask = script.predict_mask(model, np.zeros((50, 70, 3), np.uint8))
-    return problem or ("" if finite and mask.shape == (50, 70) and metadata["encoder"] == "resnet18" else "wrong")
+    if problem:
+        return problem
+    return "" if finite and mask.shape == (50, 70) and metadata["settings"]["ENCODER"] == "resnet18" else "wrong"

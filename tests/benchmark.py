@@ -252,7 +252,7 @@ class This:
     def fit(self):
         """As Original.fit(), by Trainer.fit(), saving as a run does; or without any saving."""
         trainer, training, saving = self.trainer, [], []
-        metadata = script.describe_run(self.cfg, self.device, self.splits, trainer.weights_from)
+        metadata = script.describe_run(trainer, self.splits)
         save = clock(functools.partial(script.save_run, trainer, metadata), saving, self.options)
         with mock.patch.object(script, "train_one_epoch", clock(script.train_one_epoch, training, self.options)):
             trainer.fit(self.loaders, self.criterion, save if self.saving else lambda: None)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import background
 import cv2
@@ -560,7 +561,8 @@ def test_after_a_skipped_image_the_others_keep_their_pixels_and_their_numbers(da
                 assert np.array_equal(cached, decoded)
     script.remove_cache(tmp_path / "out")
     assert [record.number for record in splits["train"].entries] == [1, 2]
-    counts = script.describe_run(cfg, torch.device("cpu"), splits, "random")["data_counts"]["train"]
+    trainer = SimpleNamespace(cfg=cfg, model=torch.nn.Identity(), device="cpu", weights_from="random")
+    counts = script.describe_run(trainer, splits)["data_counts"]["train"]
     assert counts == {"images": 2, "annotations": 1, "without_tumour": 1, "without_annotation": 1, "skipped": 1,
                       "near_duplicates": 0}
 

@@ -400,7 +400,7 @@ def test_a_staged_run_starts_from_the_earlier_weights(one_kind, tmp_path, asked,
     assert background.differences(seen[0], dict(old[part] if part else old)) == [] and asked[0][1] is None
     metadata = script.read_metadata(out / script.BEST)[0]
     assert metadata["encoder_weights_from"] == f"checkpoint {run / name}" and metadata["img_size"] == 96
-    assert f"{run / name}), {script.LR:g} for the decoder" in capsys.readouterr().out
+    assert f"Learning rate {script.LR:g} (weights: checkpoint {run / name})" in capsys.readouterr().out
 
 
 def test_init_weights_that_do_not_fit_are_an_error(one_kind, tmp_path, capsys):

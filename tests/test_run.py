@@ -409,14 +409,14 @@ def test_a_state_of_an_earlier_version_is_refused_and_is_a_start_like_its_best_m
     for number, path in enumerate([BEST] + [LAST] * average):
         words = shlex.split(message[message.index("--init-weights"):].replace(BEST, path))
         code, text = here(alone(tmp_path / str(number), "--epochs", 1, *words))
-        assert code == 0 and f"for the encoder (weights: checkpoint {finished / path})" in text
+        assert code == 0 and f"(weights: checkpoint {finished / path})" in text
 
 
 def test_a_best_model_of_the_version_before_loads(finished, monkeypatch, capfd):
     metadata = json.loads((finished / JSON).read_text())
-    for name in ("architecture", "test_time_augmentation"):
+    for name in ("model_class", "preprocess_digest", "test_time_augmentation"):
         del metadata[name]
-    metadata |= {"sha256_before": None, "threshold": 0.35, "img_size": 96}
+    metadata |= {"encoder": "resnet18", "sha256_before": None, "threshold": 0.35, "img_size": 96}
     replace_file(finished / JSON, json.dumps(metadata).encode())
     asked = []
     monkeypatch.setattr(script, "build_model", lambda *names: (asked.append(names), tiny_build_model())[1])

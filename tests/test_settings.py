@@ -1,21 +1,17 @@
 """Constants, the flags that follow from them, the errors of a wrong command line, and edits of the file."""
 
 import ast
-import csv
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 from background import no_pictures
-from conftest import FAST, ROOT, SCRIPT, script, tiny_build_model, write_data
+from conftest import FAST, ROOT, SCRIPT, script
 
 # What the script was promised to start with.
 KNOWN = {"IMG_SIZE": 256, "EPOCHS": 80, "LR": 1e-4, "NUM_WORKERS": 4, "WEIGHT_DECAY": 1e-2, "PLATEAU_FACTOR": 0.5,
@@ -256,74 +252,6 @@ def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
 def test_a_constant_that_was_edited_to_the_wrong_type_is_refused(tmp_path, capsys):
     copied = edited(tmp_path, "^IMG_SIZE = 256", 'IMG_SIZE = "256px"')
     assert "IMG_SIZE is '256px'" in refused(capsys, "--data-dir", tmp_path, module=copied)
-
-
-# --- five common edits, in one place each
-
-
-def run_edited(copied, folder, *words, network=tiny_build_model):
-    """Train one epoch with an edited copy. Returns (history, metadata, test rows) from its files."""
-    copied.build_model = network or copied.build_model
-    data, out = write_data(folder / "data", 4, 2, 2, size=64), folder / "out"
-    assert copied.main([*FAST, "--data-dir", str(data), "--output-dir", str(out), *words]) == 0
-    tables = [list(csv.DictReader((out / name).open(encoding="utf-8-sig")))
-              for name in ("training_history.csv", "test_metrics.csv")]
-    return tables[0], json.loads((out / "unet_plusplus_best.json").read_text(encoding="utf-8")), tables[1]
-
-
-def test_another_loss(tmp_path, capsys):
-    copied = edited(tmp_path, "^LOSSES = {", 'LOSSES = {"seven": lambda logits, targets: 7 + 0 * logits.mean(), ')
-    assert "seven" in help_text(capsys, copied).splitlines()[-1]
-    assert "seven" in refused(capsys, "--data-dir", tmp_path, "--loss", "hinge", module=copied)
-    history, metadata, _ = run_edited(copied, tmp_path, "--loss", "seven")
-    assert (float(history[0]["train_loss"]), float(history[0]["valid_loss"])) == (7, 7)
-    assert metadata["settings"]["LOSS"] == "seven"
-
-
-def test_another_augmentation_step(tmp_path):
-    """Inverting comes last, so it does not change what the other steps draw."""
-    end = "        ]\n    if normalize:"
-    copied = edited(tmp_path, f"^{re.escape(end)}", f"            A.InvertImg(p=1),\n{end}")
-    split = write_data(tmp_path / "data", 2, 0, 0) / "train"
-    for train in (True, False):
-        (image, mask), (plain, same) = (module.BrainTumorDataset(split, 64, train, normalize=False)[(3, 0)]
-                                        for module in (copied, script))
-        assert np.array_equal(mask, same) and np.array_equal(image, 255 - plain if train else plain)
-
-
-def test_another_architecture(tmp_path):
-    """The JSON holds it, and load_model() follows the JSON wherever it is called."""
-    copied = edited(tmp_path, '^ARCHITECTURE = "unetplusplus"', 'ARCHITECTURE = "linknet"')
-    _, metadata, _ = run_edited(copied, tmp_path, network=None)
-    assert metadata["architecture"] == metadata["settings"]["ARCHITECTURE"] == "linknet"
-    model = script.load_model(tmp_path / "out" / script.BEST, "cpu")
-    assert isinstance(model, smp.Linknet) and script.predict_mask(model, np.zeros((9, 7, 3), np.uint8)).shape == (9, 7)
-
-
-def test_another_metric(tmp_path, capsys):
-    """The error of the tumour's size in pixels: wrongly found ones less missed ones."""
-    new = "((probabilities >= threshold).flatten(1).sum(1) - masks.flatten(1).sum(1)).double()"
-    copied = edited(tmp_path, "(?<=^    return )metrics_from_counts", f'{{"size_px": {new}}} | metrics_from_counts')
-    history, metadata, rows = run_edited(copied, tmp_path)
-    sizes = [float(row["size_px"]) for row in rows]
-    assert sizes == [float(row["false_positive_px"]) - float(row["false_negative_px"]) for row in rows]
-    assert metadata["test_metrics"]["size_px"] == np.mean(sizes)
-    valid = float(history[0]["size_px"])
-    assert metadata["valid_metrics_at_img_size"]["size_px"] == valid
-    printed = capsys.readouterr().out
-    assert re.search(rf"^  size_px  .* {np.mean(sizes):.4f}$", printed, re.M)
-
-
-def test_another_constant(tmp_path, capsys):
-    added = 'ROUNDS = 3  # of something\nSPACING = (0.5, 0.5)  # mm\nSITES = ("a", "b")  # hospitals\nFAST = False\n'
-    copied = edited(tmp_path, "^COMPILE = ", f"{added}COMPILE = ")
-    printed = " ".join(help_text(capsys, copied).split())
-    for part in ("--rounds NUMBER of something [3]", "--spacing [NUMBER ...] mm [0.5 0.5]", "hospitals [a b]"):
-        assert part in printed
-    words = ["--data-dir", str(tmp_path)]
-    cfg, _ = copied.read_settings([*words, *"--rounds 5 --spacing 1 2.5 --sites c --fast".split()])
-    assert (cfg.ROUNDS, cfg.SPACING, cfg.SITES, cfg.FAST) == (5, (1, 2.5), ("c",), True)
-    assert "--rounds" in refused(capsys, *words, "--rounds", "many", module=copied)
 
 
 # --- importing
