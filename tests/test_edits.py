@@ -291,11 +291,6 @@ def test_another_metric_from_counts(tmp_path):
     assert max(len(line) for line in text.splitlines() if re.match("epoch | *[1-4]/4 ", line)) <= 100
 
 
-def test_specificity_by_hand():
-    counts = (torch.tensor(float(n), dtype=torch.float64) for n in (1, 2, 3, 6))
-    assert script.metrics_from_counts(*counts)["specificity"] == 0.75
-
-
 # --- the network
 
 

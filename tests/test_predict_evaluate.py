@@ -608,8 +608,9 @@ def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monke
     record = json.loads((out / script.BEST).with_suffix(".json").read_text("utf-8"), parse_constant=no_nan)
     assert record["best_epoch"] == 1 and "dice" not in record["valid_metrics_at_img_size"]
     assert record["valid_metrics"]["dice"] == 0 and record["threshold"] == 0.5
-    assert record["test_metrics"] == {"images": 1, "tumour_free_predicted_empty": 1, "dice_of_whole_image": 0,
-                                      "lesions": 0, "lesions_found": 0, "false_lesions": 0}
+    expected = {"images": 1, "tumour_free_predicted_empty": 1, "dice_of_whole_image": 0, "lesions": 0,
+                "lesions_found": 0, "false_lesions": 0}
+    assert record["test_metrics"].items() >= expected.items() and "dice" not in record["test_metrics"]
     assert [row.get("dice", "") for row in table(out / "training_history.csv")] == [""] * 3
     assert [table(out / "test_metrics.csv")[0][name] for name in ("dice", "recall", "hd95_px")] == [""] * 3
     assert "none is predicted: there is no Dice." in capsys.readouterr().out
