@@ -178,7 +178,7 @@ def test_the_console_has_a_header_and_one_aligned_line_per_epoch(trained):
     printed = trained[1].stdout.splitlines()
     (start,) = [number for number, line in enumerate(printed) if line.split()[:2] == ["epoch", "train_loss"]]
     header, *lines = printed[start:start + 1 + EPOCHS]
-    names = ["epoch", "train_loss", "valid_loss", *SCORES, "lr", "img/s", "time", "ETA"]
+    names = ["epoch", "train_loss", "valid_loss", "dice", "iou", "precision", "recall", "lr", "img/s", "time", "ETA"]
     assert header.split() == names and max(map(len, [header, *lines])) <= 100
     for number, line in enumerate(lines, 1):
         assert line.split()[0] == f"{number}/{EPOCHS}" and line.split()[len(names):] in ([], ["*best"])
