@@ -60,6 +60,8 @@ from types import SimpleNamespace as Settings  # the constants below as attribut
 from typing import BinaryIO
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import looks for a newer version on the network
+if __name__ == "__main__":  # no window is opened; what a notebook hands on with "!" may not even be installed here
+    os.environ["MPLBACKEND"] = "agg"
 
 import albumentations as A
 import cv2
@@ -1367,7 +1369,8 @@ class EvenBatchSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) keys whose sizes differ by one image at most.
 
     So there is no tiny last batch, whose BatchNorm statistics would be noise, and no image is left out or repeated.
-    With several processes each gets its part of every batch; nothing is padded.
+    With several processes each gets its part of every batch; nothing is padded. Where batch_size is 2 or more for each,
+    none gets a single image to train on, if need be by a batch with more: some networks need two.
     """
 
     def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int = 0):
@@ -1375,7 +1378,8 @@ class EvenBatchSampler(torch.utils.data.Sampler):
         self.count, self.shuffle, self.seed, self.epoch = count, shuffle, seed, 0
         self.rank, self.world = rank(), world_size()
         # Every process needs an image in every training batch, or it would miss the exchange of gradients.
-        self.batches = min(math.ceil(count / batch_size), max(1, count // self.world))
+        least = 2 if shuffle and batch_size >= 2 * self.world else 1
+        self.batches = min(math.ceil(count / batch_size), max(1, count // (least * self.world)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order (if shuffled) and the augmentation of the next pass."""
@@ -3001,6 +3005,8 @@ def at_least(least: int | float) -> tuple:
 NAMES = {"UNANNOTATED": ("tumour-free", "skip"), "ARCHITECTURE": smp.MODEL_ARCHITECTURES_MAPPING, "LOSS": LOSSES,
          "PRECISION": ("auto", "float32", "bfloat16", "float16"), "ENCODER": smp.encoders.get_encoder_names()}
 # What a setting must satisfy, in words and as a test.
+# Settings that are a model's own, and in its JSON under the same names in small letters.
+DECIDED = ("IMG_SIZE", "MEAN", "STD", "GREY_PERCENTILES", "ENCODER", "ARCHITECTURE", "TEST_TIME_AUGMENTATION")
 RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, names in NAMES.items()} | {
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
@@ -3074,6 +3080,8 @@ def comments() -> dict[str, dict[str, str]]:
 def build_parser() -> argparse.ArgumentParser:
     """One flag for each mode, and one for each constant, of the type of its value. Errors raise TrainerError."""
     def fail(message):
+        if re.search(r"kernel\S*\.json", message):  # what a notebook's process was started with
+            message = 'in a notebook call main([]), or with settings main(["--epochs", "5"])'
         flag = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         known = [word for action in parser._actions for word in action.option_strings]
         raise TrainerError(f"{message}{'.' + did_you_mean(flag[1], known) if flag else ''} (--help lists the options)")
@@ -3171,6 +3179,40 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
                            f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
 
 
+def settings_of(metadata: dict) -> dict:
+    """The settings that a model cannot do without, from its JSON (of an earlier version, too), as constants."""
+    metadata = {"grey_percentiles": (0, 100), "test_time_augmentation": False} | metadata
+    found = {name: metadata[name.lower()] for name in DECIDED if name.lower() in metadata}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def use_settings_of(metadata: dict, cfg: Settings, mode: argparse.Namespace) -> None:
+    """Merge what the JSON beside a model (empty: there is none) decides into cfg.
+
+    TEST_TIME_AUGMENTATION may be given as a flag. Raises TrainerError if another flag says otherwise.
+    """
+    wrong = []
+    for name, value in (settings_of(metadata) if metadata else {}).items():
+        if not hasattr(mode, name):
+            setattr(cfg, name, value)
+        elif getattr(cfg, name) != value and name != "TEST_TIME_AUGMENTATION":
+            wrong.append(f"{name} = {value!r}")
+    if wrong:
+        raise TrainerError(f"the model was trained with {', '.join(wrong)}, and has to be used so: leave out "
+                           f"{', '.join(flag_name(word.partition(' ')[0]) for word in wrong)}")
+
+
+def start_alike(cfg: Settings, mode: argparse.Namespace) -> None:
+    """Take over how the model in INIT_WEIGHTS sees grey levels, unless a flag says otherwise. Raises TrainerError."""
+    metadata = read_metadata(Path(cfg.INIT_WEIGHTS))[0]
+    trained = settings_of(metadata) if metadata else read_weights(cfg.INIT_WEIGHTS).get("settings", {}).get("used", {})
+    taken = {name: trained[name] for name in ("MEAN", "STD", "GREY_PERCENTILES")
+             if not hasattr(mode, name) and trained.get(name, getattr(cfg, name)) != getattr(cfg, name)}
+    if taken:
+        vars(cfg).update(taken)
+        log(f"As in the model of INIT_WEIGHTS: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
+
+
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
     starts = not (mode.resume or mode.audit or mode.evaluate or mode.check_labels or mode.predict)
@@ -3203,6 +3245,8 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     keep_memory()
     checkpoint = Path(mode.checkpoint or Path(cfg.OUTPUT_DIR) / BEST)
     if not (mode.predict or mode.audit or mode.evaluate or mode.check_labels):
+        if cfg.INIT_WEIGHTS and not mode.resume:
+            start_alike(cfg, mode)
         start_processes(cfg)
         check_gpu(cfg)
         train(cfg, mode.resume)
@@ -3211,8 +3255,8 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         return
     check_gpu(cfg)
     metadata = read_metadata(checkpoint)[0]
-    if metadata and not hasattr(mode, "TEST_TIME_AUGMENTATION"):  # no flag: as the model was evaluated
-        cfg.TEST_TIME_AUGMENTATION = metadata.get("test_time_augmentation", False)
+    if not mode.audit:
+        use_settings_of(metadata, cfg, mode)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
@@ -3231,8 +3275,6 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
             if trained != getattr(cfg, name):
                 log(f"{name} is {getattr(cfg, name)!r} here; evaluated is what the model was trained on: {trained!r}.")
             setattr(cfg, name, trained)
-        cfg.IMG_SIZE = metadata.get("img_size", cfg.IMG_SIZE)
-        cfg.GREY_PERCENTILES = tuple(metadata.get("grey_percentiles", (0, 100) if metadata else cfg.GREY_PERCENTILES))
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
         with locked_data(cfg, names, held_out=metadata.get("held_out", []), training=False) as (splits, cache):
             use(cfg, checkpoint, splits, cache)
@@ -3566,6 +3608,11 @@ def advice(error: BaseException) -> str:
     if "DataLoader worker (pid" in str(error):  # it died; what a worker has raised has another message
         return ("a process that prepares images died, usually because memory ran out. Fewer of them need less: "
                 "--num-workers 0")
+    if re.search(r"C(\+\+)? compiler|Compiler: cl", str(error)):
+        return f"COMPILE needs a C++ compiler ({one_line(error)}). Install one, or leave out --compile"
+    if "Expected more than 1 value per channel" in str(error):
+        return ("this network cannot be trained with a single image in a batch: it needs two images for each process, "
+                "and a BATCH_SIZE of as many, or another ARCHITECTURE")
     if is_out_of_memory(error):
         return (f"memory ran out ({one_line(error)}). What helps: a smaller BATCH_SIZE with more ACCUMULATION_STEPS, "
                 "fewer NUM_WORKERS, or a new run with a smaller IMG_SIZE")
@@ -3584,6 +3631,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns 0, or the exit_code() of what went wrong.
     """
+    # Without a console (pythonw) there are none.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Chinese path must not end a run whose output goes to a file
             stream.reconfigure(errors="backslashreplace")

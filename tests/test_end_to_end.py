@@ -17,7 +17,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from background import TIMING
-from conftest import ROOT, script
+from conftest import ROOT, run_script, script
 from pycocotools.coco import COCO
 
 CPU, EPOCHS = torch.device("cpu"), 10  # as the fixture says
@@ -172,6 +172,17 @@ def test_the_pictures_show_something(out, name, colours):
 
 
 # --- what is printed
+
+
+def test_a_notebooks_way_to_draw_does_not_matter_to_the_script():
+    """What a line with "!" hands on may not even be installed. A program that imports the script keeps its choice."""
+    choice = {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    done = run_script("--help", env=choice)
+    assert done.returncode == 0 and done.stderr == ""
+    code = "import brain_tumor_integrated_smp, matplotlib; print(matplotlib.rcParams['backend'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          env=os.environ | {"MPLBACKEND": "svg"}, timeout=300)
+    assert done.stdout == "svg\n"
 
 
 def test_the_console_has_a_header_and_one_aligned_line_per_epoch(trained):

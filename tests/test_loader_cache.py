@@ -344,7 +344,9 @@ def test_even_batches(count, batch_size, world, shuffle):
     assert all(batch for part in parts for batch in part)  # none is empty
     if count >= world:  # else one process would wait for the others for ever
         assert len(set(map(len, parts))) == 1
-    if math.ceil(count / batch_size) <= count // world:
+    if pairs := shuffle and batch_size >= 2 * world:  # in training, BatchNorm may need two images in every process
+        assert min(map(len, sum(parts, []))) >= min(2, count // world)
+    if math.ceil(count / batch_size) <= count // (world * (1 + pairs)):
         assert max(sizes) <= batch_size and len(sizes) == math.ceil(count / batch_size)
         assert [[sum(batch, []) for batch in batches]] == parts_of(count, batch_size, 1, shuffle)
 

@@ -149,6 +149,8 @@ def test_each_form_of_too_little_memory_is_recognised_and_answered(error):
 @pytest.mark.parametrize("error, words", [
     (RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. "), "--num-workers 0"),
     (RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"), "--num-workers 0"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "--compile"),  # Triton
+    (RuntimeError("Compiler: cl is not found."), "--compile"),  # Windows
     (OSError(28, "No space left on device", "best.pth"), "No space left on device: 'best.pth'"),
     (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), ""), (ValueError("out of memory"), ""),
     # An edited augmentation fails in a worker: its trace is needed.

@@ -703,6 +703,26 @@ def test_a_threshold_that_was_never_chosen_is_said(tmp_path, tiny, capsys):
         capsys.readouterr()
 
 
+@pytest.mark.parametrize("flag, value", [("--img-size", [96]), ("--mean", [0.1, 0.2, 0.3]), ("--std", [2, 2, 2]),
+                                         ("--grey-percentiles", [0, 50]), ("--encoder", ["resnet34"]),
+                                         ("--architecture", ["linknet"])])
+def test_a_flag_that_contradicts_the_model_is_refused(flag, value, tmp_path, tiny, capsys):
+    """In every mode that uses the model, before any work; the same value may be given."""
+    path = saved(tmp_path / "run")
+    script.write_image(tmp_path / "image.png", filled([]))
+    write_cases(tmp_path / "data" / "test", ([(4, 4, 9, 9)], filled([(4, 4, 9, 9, 200)])))
+    same = {"--encoder": ["resnet18"], "--architecture": ["unet"], "--img-size": [64], "--mean": PLAIN["mean"],
+            "--std": PLAIN["std"], "--grey-percentiles": PLAIN["grey_percentiles"]}[flag]
+    for mode in (["--predict", tmp_path / "image.png"], ["--evaluate"], ["--check-labels"]):
+        words = ["--output-dir", path.parent, "--data-dir", tmp_path / "data", *mode]
+        before = names(path.parent)
+        assert main(*words, flag, *value) == 2
+        err = capsys.readouterr().err
+        assert script.flag_name(flag[2:].replace("-", "_")) in err and err.count("error: ") == 1
+        assert names(path.parent) == before
+        assert main(*words, flag, *same) == 0
+
+
 def test_flags_hold_for_a_checkpoint_without_its_json_and_none_is_written(tmp_path, tiny):
     """Brightness 0.4 is tumour only if the mean on the command line makes it 0.8."""
     path, data = saved(tmp_path / "run"), tmp_path / "data"

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -470,6 +472,20 @@ def test_a_start_that_is_refused_leaves_the_earlier_run_where_it_is(here, finish
 def test_a_run_may_start_from_the_best_model_of_the_run_that_it_archives(here, finished):
     code, text = here(alone(finished, "--epochs", 1, "--init-weights", finished / BEST))
     assert code == 0 and f"(weights: checkpoint {finished / BEST})" in text and "is now in" in text
+
+
+@pytest.mark.parametrize("name", [BEST, LAST])
+def test_a_run_sees_grey_levels_as_the_model_that_it_starts_from(name, here, tmp_path):
+    own = ["--mean", 0.4, 0.5, 0.6, "--std", 0.2, 0.2, 0.3, "--grey-percentiles", 1, 99]
+    assert here(alone(tmp_path / "one", "--epochs", 1, *own))[0] == 0
+    argv = ["--epochs", 1, "--init-weights", tmp_path / "one" / name]
+    code, text = here(alone(tmp_path / "two", *argv, "--std", 0.5, 0.5, 0.5))
+    assert code == 0 and "MEAN = (0.4, 0.5, 0.6), GREY_PERCENTILES = (1, 99)\n" in text
+    found = used(tmp_path / "two")
+    assert [found[each] for each in ("MEAN", "STD", "GREY_PERCENTILES")] == [(0.4, 0.5, 0.6), (0.5,) * 3, (1, 99)]
+    code, text = here(alone(tmp_path / "three", "--epochs", 1, "--init-weights", tmp_path / "two" / name, "--mean", 0.4,
+                            0.5, 0.6, "--std", 0.5, 0.5, 0.5, "--grey-percentiles", 1, 99))
+    assert code == 0 and "As in the model" not in text
 
 
 def test_an_earlier_run_is_moved_before_the_first_write(here, finished, monkeypatch):
@@ -935,6 +951,39 @@ def test_an_error_anywhere_says_what_helps_and_how_to_resume(owner, name, saved,
     assert code == 1 and (HOW_TO_RESUME in text) == (saved and not (expected and in_training))
     assert ("memory ran out (no room)" in text) == ("a smaller IMG_SIZE" in text) == expected
     assert ("Traceback" in text) == ("unexpected error" in text) == (not expected)
+
+
+@pytest.mark.parametrize("batch_size, code", [(2, 0), (1, 1)])
+def test_a_network_that_needs_two_images_for_its_batchnorm(batch_size, code, here, tmp_path):
+    """As deeplabv3, pan and upernet, with an odd number of images: none is left alone."""
+    def pooling(script):
+        layers = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 1, 1)]
+        script.build_model = lambda *_: (torch.nn.Sequential(*layers, torch.nn.Upsample((64, 64))), "random")
+
+    data = write_data(tmp_path / "data", 3, 1, 0, size=64)
+    found, text = here(alone(tmp_path / "out", "--epochs", 1, "--batch-size", batch_size, data=data), pooling)
+    assert found == code and "Traceback" not in text and ("two images for each process" in text) == (code == 1)
+
+
+def without_compiler(script):
+    importlib.import_module("torch._inductor.config")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=background.scratch())
+    torch._inductor.config.cpp.cxx = ("/no/compiler",)
+
+
+def test_compile_without_a_compiler_ends_with_a_sentence(tmp_path):
+    code, text = run(alone(tmp_path, "--compile"), without_compiler)
+    assert code == 1 and "COMPILE needs a C++ compiler" in text and "Traceback" not in text
+
+
+def without_console(script):
+    """As pythonw on Windows starts a program."""
+    sys.stdout = sys.stderr = None
+
+
+def test_a_run_without_a_console_is_a_run(tmp_path):
+    assert run(alone(tmp_path), without_console) == (0, "")
+    assert_same_run(tmp_path, whole_run())
 
 
 def test_a_dead_worker_gives_a_message(tmp_path):

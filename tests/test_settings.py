@@ -243,6 +243,12 @@ def test_weights_to_start_from_may_be_gone_later(mode):
     assert [name for name in ("resume", "audit", "evaluate", "predict") if getattr(chosen, name)] == [mode[0][2:]]
 
 
+@pytest.mark.parametrize("words", [["-f", "/somewhere/runtime/kernel-0815.json"], ["--f=/somewhere/kernel-0815.json"]])
+def test_main_in_a_notebook_says_how_to_call_it(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", *words])
+    assert script.main() == 2 and "call main([])" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("taken")
     err = refused(capsys, *FAST, "--data-dir", tmp_path, "--output-dir", tmp_path / "file")
