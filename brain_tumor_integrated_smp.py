@@ -44,6 +44,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2244,7 +2245,8 @@ def describe_run(trainer: Trainer, splits: dict[str, Split]) -> dict:
 BEST, LAST = "unet_plusplus_best.pth", "unet_plusplus_last.pth"
 LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
-             "valid_metrics.csv", "test_metrics.csv", "test_predictions.png", "test_report.png", *LABEL_CHECK, LAST)
+             "training_history.pdf", "valid_metrics.csv", "test_metrics.csv", "test_predictions.png", "test_report.png",
+             "test_report.pdf", *LABEL_CHECK, LAST)
 EVALUATION_FILES = ("valid_predictions.png", "valid_report.png", "scores.json")  # what --evaluate writes besides
 FORMAT = 5  # of the state in LAST
 # A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
@@ -2283,7 +2285,8 @@ def save_run(trainer: Trainer, metadata: dict) -> None:
         trainer.saved_best_epoch = trainer.best_epoch
     if trainer.history:
         write_table(output / "training_history.csv", trainer.history, "utf-8")
-        plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"])
+        plot_history(output / "training_history.png", trainer.history, metadata["data_counts"]["valid"]["images"],
+                     trainer.finished())
 
 
 def write_metadata(checkpoint: Path, metadata: dict) -> None:
@@ -2519,7 +2522,7 @@ def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None
         rows, entries = score_split(model, datasets[name], name), splits[name].entries
         scores[name] = write_scores(output, name, entries, rows)
         if name == "test":
-            plot_scores(output, name, model, entries, rows, dice)
+            plot_scores(output, name, model, entries, rows, scores[name], dice)
     metadata = model.metadata | model.prediction_settings
     threshold = metadata["threshold"]
     of_epoch = metadata.get("valid_metrics_at_img_size", {}).get("dice", 0)
@@ -2545,7 +2548,7 @@ def evaluate(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: P
     folder, scores = new_folder(cfg, "evaluation"), {}
     for name, split in splits.items():
         scores[name] = write_scores(folder, name, split.entries, rows[name])
-        plot_scores(folder, name, model, split.entries, rows[name])
+        plot_scores(folder, name, model, split.entries, rows[name], scores[name])
     print_scores(scores, f"Scores of {cfg.DATA_DIR}.")
     settings = {name: model.prediction_settings[name] for name in ("threshold", "test_time_augmentation")}
     write_json(folder / "scores.json", {
@@ -2668,9 +2671,9 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
     log(f"The model contradicts {', '.join(kinds) or 'no annotation'}.")
     if rows:
         write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
-        cases = [(entry, f"{number}. {row['split']}: ",
-                  f"{row['kind']}\n{row['size_px']} px, confidence {row['confidence']:.2f}")
-                 for number, (row, entry) in enumerate(rows[:20], 1)]
+        cases = [(entry, f"{number}. {row['split']}", textwrap.fill(row["kind"], 17)
+                  + f"\n{row['size_px']} px\nconfidence {row['confidence']:.2f}")
+                 for number, (row, entry) in enumerate(rows[:2 * COLUMNS], 1)]
         plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts")
         log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
             f"{len(cases)}."
@@ -2836,133 +2839,183 @@ def font_families() -> list[str]:
     return ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
 
 
-def shortened(file_name: str) -> str:
-    """The end of a file name, without its suffix, as far as there is room for it above a picture."""
-    stem = Path(file_name).stem
-    return stem if len(stem) <= 22 else "..." + stem[-19:]
+PAGE = 6.3  # inches: 16 cm, the width of a text column
+COLUMNS = 6  # pictures beside each other; 17 letters fit above and below each
+PRINT = matplotlib.rc_context({  # for figures on such a page: no letters below 7 points
+    "font.size": 7, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4,
+    "legend.handlelength": 1.2, "legend.borderpad": 0.3, "legend.labelspacing": 0.3})
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, in a resolution that can be printed."""
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=200))
+def shortened(file_name: str, room: int = 17) -> str:
+    """The end of a file name, without its suffix, as far as there is room for it above a picture, in letters."""
+    stem, start = Path(file_name).stem, 0
+
+    widths = [1.8 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in stem]  # Chinese ones are wide
+    while 3 * (start > 0) + sum(widths[start:]) > room:
+        start += 1
+    return "..." * (start > 0) + stem[start:]
 
 
-def plot_grid(path: Path, rows: list[list[tuple[np.ndarray, str, str]]], names: tuple[str, ...], title: str,
+def save_figure(path: Path, figure: Figure, vector: bool = False) -> None:
+    """Write a figure as PNG, in a resolution that can be printed, and, if asked for, as PDF beside it."""
+    for kind in ("png", "pdf")[:1 + vector]:
+        write_file(path.with_suffix(f".{kind}"), lambda file, kind=kind: figure.savefig(file, format=kind, dpi=300))
+
+
+@PRINT
+def plot_grid(path: Path, cases: list[tuple[list[np.ndarray], str, str]], names: tuple[str, ...], title: str,
               colours: dict[str, tuple]) -> None:
-    """A grid of (RGB uint8 picture [H, W, 3], text above, text below), with a legend of colours. names: of the rows."""
-    columns, fonts = max(3, *map(len, rows)), font_families()  # three: room for the legend
-    figure = Figure(figsize=(2.2 * columns, 2.35 * len(rows) + 0.7), layout="constrained")
-    for axes, row, name in zip(figure.subplots(len(rows), columns, squeeze=False), rows, itertools.cycle(names)):
-        axes[0].set_ylabel(name, fontsize=8)
-        for axis, cell in itertools.zip_longest(axes, row):
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if cell:
-                picture, above, below = cell
-                axis.imshow(picture)
-                axis.set_title(above if len(fonts) > 1 else above.encode("ascii", "replace").decode(), fontsize=7,
-                               fontfamily=fonts)
-                axis.set_xlabel(below, fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    """A column for each case (pictures RGB uint8 [H, W, 3] one below the other, text above, text below), in blocks.
+
+    names: of the pictures of a case. colours: of the legend, by name. All is placed by hand, in inches from the top:
+    text never touches a picture, and there are no gaps.
+    """
+    columns, fonts, line, gap = min(COLUMNS, len(cases)), font_families(), 8.6 / 72, 0.05
+    side = min(1.6, (PAGE - 0.3) / columns - gap)  # of the box of a picture
+    width = max(0.3 + columns * (side + gap), 3.2)
+    start = 0.3 + (width - 0.3 - columns * (side + gap)) / 2
     handles = [Line2D([], [], color=np.array(rgb) / 255, linewidth=4, label=name) for name, rgb in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    boxes, top = [], 1.2 * line  # (left, top, height, picture, text above, text below, name)
+    for first in range(0, len(cases), COLUMNS):
+        block = cases[first:first + COLUMNS]
+        top += line * (0.5 + max(above.count("\n") + 1 for _, above, _ in block))
+        for row, name in enumerate(names):
+            height = side * min(1.5, max(pictures[row].shape[0] / pictures[row].shape[1] for pictures, _, _ in block))
+            boxes += [(start + column * (side + gap), top, height, pictures[row], above if row == 0 else "",
+                       below if row == len(names) - 1 else "", name if column == 0 else "")
+                      for column, (pictures, above, below) in enumerate(block)]
+            top += height + gap
+        top += line * max(below.count("\n") + 1 if below else 0 for _, _, below in block)
+    rows = 1 if width > 5 else len(handles)
+    total = top + line * (1.5 * rows + 1)
+    figure = Figure(figsize=(width, total))
+    for left, top, height, picture, above, below, name in boxes:
+        place = left / width, 1 - (top + height) / total, side / width, height / total
+        axis = figure.add_axes(place, facecolor="0.93")
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[], adjustable="datalim")  # the box stays as it is, whatever the picture's shape
+        axis.spines[:].set_visible(False)
+        axis.set_title(above if len(fonts) > 1 else above.encode("ascii", "replace").decode(), fontsize=7, pad=2,
+                       fontfamily=fonts)
+        axis.set_xlabel(below, labelpad=2)
+        axis.set_ylabel(name, labelpad=2)
+    figure.suptitle(title, y=1 - line / 4 / total, va="top")
+    figure.legend(handles=handles, loc="lower center", ncols=math.ceil(len(handles) / rows), frameon=False)
     save_figure(path, figure)
 
 
-def plot_samples(path: Path, dataset: BrainTumorDataset, columns: int = 6) -> None:
+def plot_samples(path: Path, dataset: BrainTumorDataset) -> None:
     """Training images, masks outlined: below each one as loaded the same one as the network may see it."""
     # Images with a tumour first: their outlines show whether masks lie where they should. The prime shuffles.
     order = sorted(range(len(dataset)), key=lambda i: (dataset.entries[i].rle is None, i * 7919 % len(dataset)))
-    rows = []
-    for first in range(0, min(2 * columns, len(order)), columns):
-        for get in (dataset.sample, lambda i: dataset[(0, i)]):
-            row = [(i, *get(i)) for i in order[first:first + columns]]
-            rows.append([(draw_outlines(image, {ANNOTATED: mask}), shortened(dataset.entries[i].file_name), "")
-                         for i, image, mask in row])
-    plot_grid(path, rows, ("as loaded", "augmented"), "Training images as the network sees them",
+    cases = [([draw_outlines(image, {ANNOTATED: mask}) for image, mask in (dataset.sample(i), dataset[(0, i)])],
+              shortened(dataset.entries[i].file_name), "") for i in order[:2 * COLUMNS]]
+    plot_grid(path, cases, ("as loaded", "augmented"), "Training images as the network sees them",
               {"annotation": ANNOTATED})
 
 
-def plot_history(path: Path, history: list[dict], images: int) -> None:
-    """Losses, validation Dice and IoU, and learning rate over the epochs. images: how many validation has."""
+@PRINT
+def plot_history(path: Path, history: list[dict], images: int, vector: bool = False) -> None:
+    """Losses, validation Dice and IoU, and learning rate over the epochs. images: how many validation has.
+
+    vector: see save_figure().
+    """
     epochs, best = [row["epoch"] for row in history], max(history, key=lambda row: row.get("dice", 0))
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(PAGE, 2.3), layout="constrained")
     loss, scores, rate = figure.subplots(1, 3)
     marker = "." if len(history) < 30 else None
     for axis, lines in ((loss, {"train_loss": "training", "valid_loss": "validation"}),
-                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": "of the last group of weights"})):
+                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": ""})):
         for key, label in lines.items():
             style = "steps-post" if key == "lr" else "default"
             values = [row.get(key, math.nan) for row in history]
             axis.plot(epochs, values, marker=marker, label=label, drawstyle=style)
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
-                     label=f"best epoch {best['epoch']} (Dice {best.get('dice', 0):.3f})" if axis is scores else None)
+                     label=f"best: epoch {best['epoch']} ({best.get('dice', 0):.3f})" if axis is scores else None)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    loss.set(title="Loss", ylabel="loss (mean over images)")
-    scores.set(title=f"Validation, {plural(images, 'image')}", ylabel="mean over images", ylim=(0, 1))
-    rate.set(title="Learning rate", ylabel="learning rate")
-    steps = sorted({row["lr"] for row in history[5:] or history[-1:]})  # not the warm-up's
-    if len(steps) < 8 and min(row["lr"] for row in history) > 0:
+    rates = [row["lr"] for row in history]
+    # The rate of an epoch is that of its last step: where it grows from the first epoch on, that is the warm-up.
+    warm = next((i for i in range(len(rates) - 1) if rates[i + 1] <= rates[i]), 0)
+    if warm:
+        rate.axvspan(epochs[0], epochs[warm], color="0.9", label="warm-up")
+        rate.legend()
+    steps = sorted({*rates[warm:]})
+    if len(steps) < 8 and min(rates) > 0:
         rate.set_yscale("log")
         rate.set_yticks(steps, [f"{step:.1e}" for step in steps])
         rate.minorticks_off()
     else:  # a curve
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    save_figure(path, figure)
+    loss.set(title="Loss", ylabel="mean over images")
+    scores.set(title=f"Validation, {plural(images, 'image')}", ylabel="mean over images", ylim=(0, 1))
+    rate.set(title="Learning rate", ylabel="of the last group of weights")
+    loss.legend()
+    scores.legend()
+    save_figure(path, figure, vector)
 
 
 def plot_scores(folder: Path, name: str, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict],
-                dice: np.ndarray | None = None) -> None:
-    """Write NAME_predictions.png and NAME_report.png of a split. rows, dice: see plot_report()."""
+                scores: dict, dice: np.ndarray | None = None) -> None:
+    """Write NAME_predictions.png and NAME_report.png of a split; at the end of a run the report as PDF, too.
+
+    rows: of score_split(). scores: of write_scores(). dice: of valid at THRESHOLDS, if it has chosen the threshold.
+    """
     plot_predictions(folder / f"{name}_predictions.png", model, entries, rows)
     sizes = np.array([entry.tumour_fraction for entry in entries])
-    plot_report(folder / f"{name}_report.png", name, rows, sizes, model.prediction_settings["threshold"], dice)
+    plot_report(folder / f"{name}_report.png", name, rows, sizes, scores, model.prediction_settings["threshold"], dice)
 
 
-def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, threshold: float,
+@PRINT
+def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, scores: dict, threshold: float,
                 dice: np.ndarray | None = None) -> None:
     """Of a split, the distribution of Dice and Dice against tumour size; of valid, Dice against the threshold.
 
-    rows: of score_test_image(). sizes: fraction of each of these images that is tumour. dice: of valid at THRESHOLDS,
-    if the threshold was chosen by it.
+    sizes: fraction of each image that is tumour. For the rest see plot_scores().
     """
     panels = 2 if dice is None else 3
-    figure, found = Figure(figsize=(5 * panels, 4.5), layout="constrained"), np.array([row["dice"] for row in rows])
+    figure = Figure(figsize=(PAGE * panels / 3, 2.3), layout="constrained")
+    found = np.array([row["dice"] for row in rows])
     histogram, size, *curve = figure.subplots(1, panels)
     tumour, alarm = sizes > 0, (sizes == 0) & np.isfinite(found)
     histogram.hist([found[tumour], found[alarm]], np.linspace(0, 1, 21), stacked=True, color=["tab:blue", "silver"],
-                   label=[f"with tumour ({tumour.sum()})", f"without tumour, false alarm ({alarm.sum()} of "
-                          f"{(~tumour).sum()})"])
+                   label=[f"with tumour ({tumour.sum()})", f"false alarm ({alarm.sum()} of {(~tumour).sum()})"])
+    label = "Dice"
+    if "dice" in scores:
+        label = f"Dice, mean {scores['dice']:.3f}"
+        histogram.axvline(scores["dice"], color="tab:red")
+    if "dice_95_ci" in scores:
+        label += " ({:.3f} to {:.3f})".format(*scores["dice_95_ci"])
+        histogram.axvspan(*scores["dice_95_ci"], color="tab:red", alpha=0.2, linewidth=0)
     histogram.yaxis.get_major_locator().set_params(integer=True)
-    histogram.set(title=f"{name}, {plural(len(rows), 'image')}", xlabel="Dice", ylabel="images", xlim=(0, 1))
+    histogram.set(title=f"{name}: Dice of {plural(len(rows), 'image')}", xlabel=label, ylabel="images", xlim=(0, 1))
+    histogram.legend()
     size.plot(100 * sizes[tumour], found[tumour], ".", alpha=0.6)
-    size.set(title=f"{name}, images with tumour", xlabel="size of the tumour, % of the image (log scale)",
-             ylabel="Dice", ylim=(-0.03, 1.03))
+    size.set(title=f"{name}: Dice and tumour size", xlabel="tumour, % of the image (log)", ylabel="Dice",
+             ylim=(-0.03, 1.03))
     if tumour.any():
         size.set_xscale("log")
         size.xaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 5)))  # more labels would overlap
         size.xaxis.set_minor_formatter("{x:g}")
         size.xaxis.set_major_formatter("{x:g}")
-    histogram.legend(fontsize=8)
     for axis in curve:
         axis.plot(THRESHOLDS, dice, marker=".")
-        axis.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"chosen: {threshold:.2f}")
-        axis.set(title="valid", xlabel="threshold", ylabel="Dice (mean over images)", xlim=(0, 1), ylim=(0, 1))
-        axis.legend(fontsize=8)
+        axis.axvline(threshold, color="gray", linestyle="--", label=f"chosen: {threshold:.2f}")
+        axis.set(title="valid: Dice and threshold", xlabel="threshold", ylabel="mean Dice", xlim=(0, 1), ylim=(0, 1))
+        axis.legend()
     for axis in (histogram, size, *curve):
         axis.grid(alpha=0.3)
-    save_figure(path, figure)
+    save_figure(path, figure, vector=bool(curve))
 
 
 def case_caption(row: dict[str, float]) -> str:
     """What stands below an image, from its scores, see score_test_image()."""
     if row["lesions"] == 0:
-        return "no tumour: false positive" if row["false_positive_px"] else "no tumour: correct"
+        return f"no tumour:\n{'false positive' if row['false_positive_px'] else 'correct'}"
     found = "HD95 {hd95_px:.0f} px" if math.isfinite(row["hd95_px"]) else "not found"
-    return ("Dice {dice:.2f}  IoU {iou:.2f}  " + found).format(**row)
+    return ("Dice {dice:.2f}\nIoU {iou:.2f}\n" + found).format(**row)
 
 
 def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict], each: int = 2):
@@ -2973,23 +3026,21 @@ def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntr
     cases = {}  # a case keeps the first of its labels, where there are few
     for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
         cases |= {i: label for i in part if i not in cases}
-    plot_cases(path, model, [(entries[i], f"{cases[i]}: ", case_caption(rows[i])) for i in order if i in cases],
+    plot_cases(path, model, [(entries[i], cases[i], case_caption(rows[i])) for i in order if i in cases],
                "Best, median and worst images")
 
 
 def plot_cases(path: Path, model: torch.nn.Module, cases: list[tuple[ImageEntry, str, str]], title: str) -> None:
-    """A column for each case (entry, label before its name, caption below): image, outlines, errors."""
-    blocks = []
+    """A column for each case (entry, label above its name, caption below): image, outlines, errors."""
+    columns = []
     for entry, label, caption in cases:
-        truth, percentiles = entry.mask(), model.prediction_settings["grey_percentiles"]
-        image = resize(read_image(entry.path, percentiles), *truth.shape)
+        truth = entry.mask()
+        image = resize(read_image(entry.path, model.prediction_settings["grey_percentiles"]), *truth.shape)
         mask = segment(model, image)[0]
-        blocks.append([(image, label + shortened(entry.file_name), ""),
-                       (draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask}), "", ""),
-                       (draw_errors(image, mask, truth), "", caption)])
-    columns = min(10, len(blocks))
-    rows = [row for first in range(0, len(blocks), columns) for row in zip(*blocks[first:first + columns])]
-    plot_grid(path, rows, ("image", "outlines", "errors"), title, {
+        outlines = draw_outlines(image, {ANNOTATED: truth, PREDICTED_COLOUR: mask})
+        columns.append(([image, outlines, draw_errors(image, mask, truth)], f"{label}\n{shortened(entry.file_name)}",
+                        caption))
+    plot_grid(path, columns, ("image", "outlines", "errors"), title, {
         "annotation (in errors: found)": ANNOTATED, "prediction (in errors: false positive)": PREDICTED_COLOUR,
         "missed": MISSED})
 

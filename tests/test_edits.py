@@ -220,7 +220,7 @@ def other_milestones(script):
     ([1e-3] * 9 + [0.0], "linear", None)], ids=["constant", "steps", "cosine", "zero"])
 def test_the_panel_of_the_rate_can_be_read(rates, scale, ticks, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(script, "save_figure", lambda path, figure: figures.append(figure))
+    monkeypatch.setattr(script, "save_figure", lambda path, figure, *_: figures.append(figure))
     row = {"train_loss": 1.0, "valid_loss": 1.0, "dice": 0.5, "iou": 0.4}
     script.plot_history(tmp_path, [row | {"epoch": n, "lr": lr} for n, lr in enumerate(rates, 1)], 5)
     axis = figures[0].axes[2]

@@ -1,10 +1,10 @@
 """The pictures: what they show, in which colours, and that none fails where there is little to show."""
 
-import cv2
 import numpy as np
 import pytest
 from conftest import script
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from test_predict_evaluate import bright, filled, write_cases
 
 FOUND, FALSE_ALARM, MISSED = script.ANNOTATED, script.PREDICTED_COLOUR, script.MISSED
@@ -15,9 +15,9 @@ def figures(monkeypatch):
     """The figures that are saved; they are drawn, too, because some mistakes show only then."""
     saved = []
 
-    def save(path, figure, inner=script.save_figure):
+    def save(path, figure, vector=False, inner=script.save_figure):
         saved.append(figure)
-        inner(path, figure)
+        inner(path, figure, vector)
 
     monkeypatch.setattr(script, "save_figure", save)
     return saved
@@ -56,27 +56,49 @@ def test_a_font_with_chinese_letters_is_used_where_one_is_installed(installed, f
     assert script.font_families.__wrapped__() == families
 
 
-@pytest.mark.parametrize("count", [1, 8, 23])
+def assert_printable(figure):
+    """Not wider than 16 cm, no letters below 7 points, and no text that touches a picture, another text or the edge."""
+    width, height = figure.get_size_inches()
+    assert width <= 16.01 / 2.54 and height <= 25 / 2.54
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert min(text.get_fontsize() for text in shown) >= 7
+    texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label) if text.get_text()] + figure.texts
+    boxes = [part.get_window_extent(canvas.get_renderer()) for part in [*texts, *figure.axes, *figure.legends]]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.get_width_height()[0] + 1, texts[i:i + 1]
+        assert not [texts[i:i + 1] for other in boxes[:i] if min(box.x1, other.x1) - max(box.x0, other.x0) > 1
+                    and min(box.y1, other.y1) - max(box.y0, other.y0) > 1]
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("P001_s03.png", "P001_s03"), ("folder/a_long_name_of_slice_42.png", "...me_of_slice_42"),
+    ("病人編號零零七之影像切片第42張.png", "...影像切片第42張"), ("病人編號.png", "病人編號")])
+def test_names_are_shortened_to_the_room_above_a_picture(name, expected):
+    assert script.shortened(name) == expected
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 12])
 def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
-    """Found, missed, a false alarm, and nothing where nothing is; with Chinese names and in any number."""
+    """Found, missed, a false alarm, and nothing where nothing is; with Chinese names, in any number and shape."""
     block = (10, 10, 30, 20)
     kinds = [([block], [(*block, 255)]), ([block], []), ([], [(*block, 255)]), ([], [])]
-    write_cases(tmp_path / "data", *[(annotated, filled(drawn)) for annotated, drawn in (kinds * 6)[:count]])
+    write_cases(tmp_path / "data", *[(annotated, filled(drawn, (64, 64 if i < 4 else 64 + 10 * i)))
+                                     for i, (annotated, drawn) in enumerate((kinds * 3)[:count])])
     entries, model = script.read_coco(tmp_path / "data").entries, bright()
     rows = [script.score_test_image(script.segment(model, script.read_image(entry.path))[1], entry.mask(), 0.5)
             for entry in entries]
-    cases = [(entry, "case: ", script.case_caption(row)) for entry, row in zip(entries, rows)]
+    cases = [(entry, "case", script.case_caption(row)) for entry, row in zip(entries, rows)]
     script.plot_cases(tmp_path / "a.png", model, cases, "Cases")
     figure, = figures
     below = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
-    expected = ["Dice 1.00  IoU 1.00  HD95 0 px", "Dice 0.00  IoU 0.00  not found", "no tumour: false positive",
-                "no tumour: correct"]
-    assert below == (expected * 6)[:count]
+    expected = ["Dice 1.00\nIoU 1.00\nHD95 0 px", "Dice 0.00\nIoU 0.00\nnot found", "no tumour:\nfalse positive",
+                "no tumour:\ncorrect"]
+    assert below[:4] == expected[:count] and len(below) == count
     rows = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
-    assert rows == ["image", "outlines", "errors"] * -(-count // 10)
-    width, height = figure.get_size_inches()
-    assert (width > height or count == 1) and len(figure.legends[0].get_texts()) == 3
-    assert script.read_image(tmp_path / "a.png").shape[1] == round(200 * width)
+    assert rows == ["image", "outlines", "errors"] * -(-count // 6) and len(figure.legends[0].get_texts()) == 3
+    assert_printable(figure)
 
 
 @pytest.mark.parametrize("epochs, images", [(1, 1), (3, 8), (60, 200)])
@@ -87,28 +109,43 @@ def test_the_history_names_the_best_epoch_once_and_the_number_of_images(epochs, 
         del history[0]["dice"], history[0]["iou"]  # no image of this epoch had them
     script.plot_history(tmp_path / "a.png", history, images)
     found, (_, scores, rate) = texts(figures[0]), figures[0].axes
-    assert found.count(f"best epoch {epochs // 2 + 1} (Dice 0.750)") == 1
+    assert found.count(f"best: epoch {epochs // 2 + 1} (0.750)") == 1
     assert f"Validation, {images} image{'s' * (images > 1)}" in found and scores.get_ylim() == (0, 1)
     assert [label.get_text() for label in rate.get_yticklabels()] == (
         ["1.3e-04", "2.5e-04", "5.0e-04"] if epochs == 60 else ["5.0e-04"])
     assert all(axis.get_ylabel() for axis in figures[0].axes)
+    assert_printable(figures[0])
 
 
-@pytest.mark.parametrize("sizes", [[0.0], [0.02], [0.0, 0.0, 0.01, 0.1, 0.2]])
+def test_the_warm_up_is_not_taken_for_a_schedule(tmp_path, figures):
+    """It is shaded, and its rates are no ticks; a constant rate has none. The end of a run is also a PDF."""
+    for rates, ticks in (([1e-4, 3e-4, 5e-4, 5e-4, 2.5e-4], ["2.5e-04", "5.0e-04"]), ([5e-4] * 5, ["5.0e-04"])):
+        history = [{"epoch": i, "train_loss": 1, "valid_loss": 1, "dice": 0.5, "iou": 0.4, "lr": rate}
+                   for i, rate in enumerate(rates, 1)]
+        script.plot_history(tmp_path / "a.png", history, 3, len(ticks) == 2)
+        rate = figures[-1].axes[2]
+        assert [label.get_text() for label in rate.get_yticklabels()] == ticks
+        assert [(patch.get_x(), patch.get_width()) for patch in rate.patches] == [(1, 2)] * (len(ticks) == 2)
+        assert ("warm-up" in texts(figures[-1])) == (len(ticks) == 2) == (tmp_path / "a.pdf").is_file()
+        (tmp_path / "a.pdf").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("sizes", [[0.0], [0.02], [0.0, 0.0, 0.01, 0.1, 0.2], [0.01] * 200])
 def test_the_report_shows_any_number_of_images(sizes, tmp_path, figures):
     """Of two images without tumour one has a false alarm, and so a Dice."""
     rows, dice = [{"dice": 1 - size} for size in sizes], np.linspace(0.5, 0.7, len(script.THRESHOLDS))
     rows[0]["dice"] = rows[0]["dice"] if sizes[0] else np.nan
-    script.plot_report(tmp_path / "b.png", "test", rows, np.array(sizes), 0.35)
-    assert len(figures.pop().axes) == 2  # without the Dice of valid
-    script.plot_report(tmp_path / "a.png", "test", rows, np.array(sizes), 0.35, dice)
-    found, tumours, alarms = texts(figures[0]), sum(size > 0 for size in sizes), int(sizes[1:2] == [0])
-    assert {f"with tumour ({tumours})", "chosen: 0.35"} <= {*found}
-    assert f"without tumour, false alarm ({alarms} of {len(sizes) - tumours})" in found
-    assert len(figures[0].axes[1].lines[0].get_xdata()) == tumours
-    heights = [patch.get_height() for patch in figures[0].axes[0].patches]
-    assert sum(heights) >= tumours + alarms and max(heights) <= max(1, tumours)
-    assert isinstance(figures[0], Figure) and cv2.imread(str(tmp_path / "a.png")).shape[:2] == (900, 3000)
+    scores = {"dice": 0.75, "dice_95_ci": [0.7, 0.81]} if len(sizes) > 1 else {}
+    script.plot_report(tmp_path / "b.png", "test", rows, np.array(sizes), scores, 0.35)
+    assert len(figures[0].axes) == 2 and not (tmp_path / "b.pdf").exists()  # without the Dice of valid
+    script.plot_report(tmp_path / "a.png", "test", rows, np.array(sizes), scores, 0.35, dice)
+    found, tumours, alarms = texts(figures[1]), sum(size > 0 for size in sizes), int(sizes[1:2] == [0])
+    assert {f"with tumour ({tumours})", "chosen: 0.35"} <= {*found} and (tmp_path / "a.pdf").is_file()
+    assert f"false alarm ({alarms} of {len(sizes) - tumours})" in found
+    assert ("Dice, mean 0.750 (0.700 to 0.810)" if scores else "Dice") in found
+    assert len(figures[1].axes[1].lines[0].get_xdata()) == tumours
+    for figure in figures:
+        assert_printable(figure)
 
 
 def test_cases_are_chosen_among_images_that_have_a_dice(tmp_path, monkeypatch):

@@ -645,8 +645,9 @@ def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(on
     before = script.read_metadata(run / script.BEST)[0]
     assert found["sha256"] == before["sha256"] and found["data_dir"] == str(data)
     assert found["threshold"] == before["threshold"] and found["convention"] == before["convention"]
-    for split in ("valid_metrics", "test_metrics"):
-        assert found[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()}
+    for split in ("valid_metrics", "test_metrics"):  # without those that need train
+        assert found[split] == {name: pytest.approx(value, abs=1e-3) for name, value in before[split].items()
+                                if "near_duplicates" not in name}
     tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
     assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
     said = "evaluated is what the model was trained on: ('tumor',)" in capsys.readouterr().out
@@ -1058,8 +1059,8 @@ def test_planted_mistakes_come_first_in_table_and_picture(tmp_path, tiny, capsys
     (name, cases), = shown
     assert [name, *(entry.file_name for entry, _, _ in cases)] == ["label_check.png", *(r["file_name"] for r in rows)]
     out = capsys.readouterr().out
-    assert ("The model contradicts 0 x tumour where none is annotated, 2 x annotated tumour that is not seen, 1 x "
-            "outlines that hardly overlap, 1 x tumour in an image without annotation.\n") in out
+    assert ("The model contradicts 2 x annotated tumour that is not seen, 1 x outlines that hardly overlap, 1 x tumour "
+            "in an image without annotation.\n") in out
     assert "label_check.png shows the first 4" in out
     # Of six annotated images three are right, in one a part is, two are not seen at all.
     dice = (1 + 7 / 8 + 1 + 2 * 6 / 32) / 6
