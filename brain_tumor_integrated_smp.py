@@ -83,13 +83,16 @@ from tqdm import tqdm
 # ===== Settings: edit them here, or override any of them on the command line (IMG_SIZE = 256 is --img-size 256) =======
 
 # --- data and output
-DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/ and, if there are any, valid/ and test/
+DATA_DIR = str(Path(__file__).resolve().parent)  # folder that holds train/ and, if there are any, valid/ and test/; or
+#                                                  the training images themselves
 OUTPUT_DIR = str(Path(__file__).resolve().parent)  # folder for checkpoints, tables and pictures; one run at a time
 SAVE_SECONDS = 60.0  # least time between two saves; a killed run loses this much and the epoch that was running
 CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all of them
 PATIENT_PATTERN = None  # regular expression, brackets around the patient in a file name: r"(P\d+)" for P001_s03.png
 VALID_SHARE = 0.2  # of train, up to 0.5, held out for validation if there is no valid folder: whole patients, or, if
 #                    they are not known, neighbours by file name
+FOLD = 0  # which part of that size is held out, 0 to 1 / VALID_SHARE - 1: five runs for a five-fold cross-validation
+TEST_SHARE = 0.0  # of train, up to 0.5, held out for the test score if there is no test folder; 0: no test score
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping
 CACHE_GB = 8.0  # GB; decoded images are kept in a temporary file during a run if they fit; 0: decode every time
@@ -413,28 +416,35 @@ def grouped(found: dict[str, list[str]], examples: int = 2) -> list[str]:
             for kind, details in found.items() if details]
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Paths of all files below a folder, relative to it and sorted; without hidden ones, as Jupyter and macOS leave
-    them. Links to folders are followed, each folder once.
+SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
+KNOWN_SPLITS = [*itertools.chain(*SPLIT_NAMES.values())]
+LIKE_A_SPLIT = re.compile("(train|val|test|dev|eval|hold).*", re.IGNORECASE)
+RESULTS = re.compile(r"(predictions|evaluation)(_\d+)?|earlier_run_.*")  # folders that this script writes
+
+
+def list_files(folder: Path, without: Iterable[str] = ()) -> list[Path]:
+    """Paths of all files below a folder, relative to it and sorted. Links to folders are followed, each folder once.
+
+    Left out are hidden files, as Jupyter and macOS leave them, what this script has written, and the folders without
+    (lower-case names) directly in it.
     """
     files, seen = [], set()
-    def complain(error):
-        warn(f"cannot read the folder {error.filename}")
-
-    for parent, folders, names in os.walk(folder, onerror=complain, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:
+    for parent, folders, inside in os.walk(folder, followlinks=True):
+        is_top, place = parent == str(folder), os.path.realpath(parent)
+        if place in seen or not is_top and (RESULTS.fullmatch(Path(parent).name) or {BEST, LAST} & {*inside}):
             folders.clear()
             continue
         seen.add(place)
-        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "__MACOSX"))]
-        files += [Path(parent, name).relative_to(folder) for name in names if not name.startswith((".", "__MACOSX"))]
+        folders[:] = [name for name in sorted(folders)
+                      if not name.startswith((".", "__MACOSX")) and not (is_top and name.lower() in without)]
+        files += [Path(parent, name).relative_to(folder) for name in inside
+                  if not name.startswith(".") and name not in RUN_FILES]
     return sorted(files)
 
 
 def list_images(split: Split) -> list[Path]:
     """list_files() with the suffix of an image. Notes images and masks of formats that are not read."""
-    files = list_files(split.folder)
+    files = list_files(split.folder, () if split.folder.name.lower() in KNOWN_SPLITS else KNOWN_SPLITS)
     for path in files:
         if path.name.lower().endswith(UNREAD_SUFFIXES):
             kind = "file of a format that is not read: save it as PNG"
@@ -1016,11 +1026,22 @@ def check_sizes(split: Split) -> None:
             entry.remarks["file whose size differs from the JSON's (the mask is stretched with it)"].append(detail)
 
 
-def split_folder(cfg: Settings, name: str) -> Path:
-    """The folder of a split; valid may also be called val or validation."""
-    names = ("valid", "val", "validation") if name == "valid" else (name,)
-    folders = [Path(cfg.DATA_DIR) / other for other in names]
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
+def find_splits(data_dir: Path) -> dict[str, Path]:
+    """The folders of the splits in a data folder, by name of the split; case does not matter.
+
+    A data folder without any for train that holds images itself is train. Raises TrainerError if another folder in it
+    could be a split.
+    """
+    there = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.is_dir()}
+    found = {split: next(there[name] for name in names if name in there)
+             for split, names in SPLIT_NAMES.items() if {*names} & {*there}}
+    if "train" in found or not any(path.suffix.lower() in IMAGE_SUFFIXES for path in list_files(data_dir, KNOWN_SPLITS)):
+        return found
+    if like := [str(path) for name, path in there.items() if LIKE_A_SPLIT.fullmatch(name) and name not in KNOWN_SPLITS
+                and not RESULTS.fullmatch(name)]:
+        raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {like[0]}; splits are "
+                           f"named {', '.join(KNOWN_SPLITS)}. Rename or move it")
+    return {"train": data_dir} | found
 
 
 def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
@@ -1091,74 +1112,84 @@ def deal(groups: list[list[ImageEntry]], parts: int, seed: int) -> list[list[Ima
     return dealt
 
 
-def choose_held_out(entries: list[ImageEntry], share: float, seed: int) -> list[str]:
-    """File names of the images of train that are held out for validation: the first of 1 / share parts.
+def choose_held_out(entries: list[ImageEntry], cfg: Settings, names: list[str]) -> dict[str, list[ImageEntry]]:
+    """The images of train that are held out for the splits names: first for test, then, of the others, for valid.
 
-    Raises TrainerError if all images are of one patient, or of one original image.
+    Raises TrainerError if there are fewer patients, or original images, than parts are needed.
     """
-    parts = max(2, round(1 / share))
-    groups = group_images(entries, parts)
-    if len(groups) < 2:
-        raise TrainerError("there is no valid folder, and nothing can be held out of train for validation: all its "
-                           "images are of one patient, or versions of one image")
-    held_out = {id(entry) for entry in deal(groups, parts, seed)[0]}
-    kept = (f"whole patients, {sum(id(group[0]) in held_out for group in groups)} of {len(groups)}"
-            if entries[0].patient else
-            "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
-    log(f"There is no valid folder: {len(held_out)} of {len(entries)} images of train are held out for validation "
-        f"(VALID_SHARE): {kept}.")
-    return [entry.file_name for entry in entries if id(entry) in held_out]
+    held_out = {}
+    for name, setting, fold in (("test", "TEST_SHARE", 0), ("valid", "VALID_SHARE", cfg.FOLD)):
+        if name not in names:
+            continue
+        parts, count = max(2, round(1 / getattr(cfg, setting))), len(entries)
+        groups = group_images(entries, parts)
+        part = {id(entry) for entry in deal(groups, parts, cfg.SEED)[fold]} if groups else set()
+        if not part or len(groups) < 2:
+            raise TrainerError(f"there is no {name} folder, and nothing can be held out of train for it: "
+                               f"{len(groups)} patients, or blocks of neighbours, are too few")
+        held_out[name] = [entry for entry in entries if id(entry) in part]
+        entries = [entry for entry in entries if id(entry) not in part]
+        kept = (f"whole patients, {sum(id(group[0]) in part for group in groups)} of {len(groups)}"
+                if groups[0][0].patient else "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
+        log(f"There is no {name} folder: {len(part)} of {count} images of train are held out for it ({setting}"
+            + f", FOLD {fold} of {parts}" * bool(fold) + f"): {kept}.")
+    return held_out
 
 
-def hold_out(splits: dict[str, Split], names: list[str], training: bool = True) -> dict[str, Split]:
-    """Move images of train, by file name, into a split valid.
-
-    Raises TrainerError if any is missing; without training, says so.
-    """
-    train, chosen = splits["train"], set(names)
-    valid = [entry for entry in train.entries if entry.file_name in chosen]
-    if missing := sorted(chosen - {entry.file_name for entry in valid}):
-        message = (f"{len(missing)} of the {len(chosen)} images that were held out of train for validation are not "
-                   f"there:{bullet_list(missing, 5)}")
-        if training:
-            raise TrainerError(message)
-        log(message)
-    train.entries = [entry for entry in train.entries if entry.file_name not in chosen]
-    held = Split(train.folder, valid, train.categories, is_sample=train.is_sample, held_out=True)
-    return {"train": train} | ({"valid": held} if valid else {}) | splits
+def hold_out(splits: dict[str, Split], held_out: dict[str, list[ImageEntry]]) -> dict[str, Split]:
+    """Move images of train into splits of their own, by name."""
+    train, moved = splits["train"], {id(entry) for entries in held_out.values() for entry in entries}
+    train.entries = [entry for entry in train.entries if id(entry) not in moved]
+    parts = {name: Split(train.folder, entries, train.categories, is_sample=train.is_sample, held_out=True)
+             for name, entries in held_out.items()}
+    return {name: (splits | parts)[name] for name in SPLIT_NAMES if name in splits | parts}
 
 
-def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None, held_out: list[str] | None = None,
-                 training: bool = True) -> tuple[dict, PixelCache | None]:
+def held_out_before(train: Split, names: dict[str, list[str]]) -> dict[str, list[ImageEntry]]:
+    """The images that a run has held out of train, by split and file name. Says which are not there."""
+    by_name = {entry.file_name: entry for entry in train.entries}
+    wanted = [name for part in names.values() for name in part]
+    if missing := [name for name in wanted if name not in by_name]:
+        log(f"{len(missing)} of the {len(wanted)} images that the run held out of train are not there:"
+            f"{bullet_list(missing, 5)}")
+    found = {split: [by_name[name] for name in part if name in by_name] for split, part in names.items()}
+    return {split: entries for split, entries in found.items() if entries}
+
+
+def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None,
+                 held_out: dict[str, list[str]] | None = None, training: bool = True) -> tuple[dict, PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
-    names: of the splits; "test" may be missing on disk, and is left out then. If valid is, VALID_SHARE of train takes
-    its place, or the images that held_out names (an empty list: none). run_folder: locked by this run; None: no cache.
-    training=False, for a model that is there: whatever is there of these splits and of the images held out, and no
-    demand for tumours.
+    names: of the splits. Without a folder for valid, VALID_SHARE of train takes its place; for test, TEST_SHARE, or
+    there is none. run_folder: locked by this run; None: no cache.
+    training=False, for a model that is there: whatever is there of these splits, and of the images that its run has
+    held out of train (held_out: file names by split), without demand for tumours. A data folder that holds images
+    itself, none of which was held out, is test as a whole.
     Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
-    folder = {name: split_folder(cfg, name) for name in names}
-    missing = [name for name in names if not folder[name].is_dir()]
-    from_train = "valid" in missing and held_out != [] and (
-        training or held_out is not None and split_folder(cfg, "train").is_dir())
-    if training and "test" in missing:
-        log(f"No test folder ({folder['test']}): there will be no test score.")
-    for name in missing:
-        if not training or name == "test" or name == "valid" and from_train:
-            del folder[name]
-    if from_train:
-        folder = {"train": split_folder(cfg, "train")} | folder
-    splits = read_splits(folder, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
-    phantoms = [str(folder[name]) for name, split in splits.items() if split.is_sample]
+    data_dir = Path(cfg.DATA_DIR)
+    folder = find_splits(data_dir)
+    shares = {"valid": cfg.VALID_SHARE, "test": cfg.TEST_SHARE} if training else held_out or {}
+    of_train = [name for name in shares if shares[name] and name in names and name not in folder]
+    is_single = folder.get("train") == data_dir
+    if training and is_single:
+        log(f"There is no train/ in {data_dir}: the images in it are the training set.")
+    wanted = [name for name in SPLIT_NAMES if name in names and name not in of_train or name == "train" and (
+        of_train or is_single and len(folder) == 1)]
+    folders = {name: folder.get(name, data_dir / name) for name in wanted
+               if name in folder or training and name != "test"}
+    if not folders:
+        raise TrainerError(f"folder not found: {data_dir} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
+    splits = read_splits(folders, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
+    phantoms = [str(folders[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
-    if from_train and held_out:
-        splits = hold_out(splits, held_out, training)
+    if not training and "train" in splits:
+        splits = hold_out(splits, held_out_before(splits["train"], {name: held_out[name] for name in of_train}))
+        if [*splits] == ["train"] and is_single:
+            splits = {"test": splits["train"]}
         splits = {name: split for name, split in splits.items() if name in names}
-    if not splits:
-        raise TrainerError(f"folder not found: {cfg.DATA_DIR} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
     find_patients(splits, cfg.PATIENT_PATTERN)
     if cfg.UNANNOTATED == "skip":
         for split in splits.values():
@@ -1172,8 +1203,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         check_sizes(split)
         split.skipped = [entry for entry in split.entries if entry.problems]
         split.entries = [entry for entry in split.entries if not entry.problems]
-    if from_train and not held_out and splits["train"].entries:
-        splits = hold_out(splits, choose_held_out(splits["train"].entries, cfg.VALID_SHARE, cfg.SEED))
+    if training and of_train and splits["train"].entries:
+        splits = hold_out(splits, choose_held_out(splits["train"].entries, cfg, of_train))
     print_audit(splits, cfg.CATEGORIES)
     refuse_unusable(splits, cfg, training)
     return splits, cache
@@ -1190,7 +1221,7 @@ def refuse_unusable(splits: dict[str, Split], cfg: Settings, training: bool) -> 
         if not split.entries or training and name != "test" and not tumour:
             missing = "tumour pixel" if split.entries else "usable image"
             why = "; valid chooses the best epoch and the threshold" * (name == "valid")
-            place = "the part of train that is held out for validation" if split.held_out else split.folder
+            place = f"the part of train that is held out for {name}" if split.held_out else split.folder
             raise TrainerError(f"{place} has no {missing} at all; check images, annotations, CATEGORIES and "
                                f"UNANNOTATED{why}")
         if training and name == "train" and len(split.entries) < world_size():
@@ -2131,8 +2162,10 @@ def train(cfg: Settings, resume: bool) -> None:
             finish_run(cfg, splits, cache)
     log(f"\nModel: {output / BEST} (settings beside it in {Path(BEST).stem}.json)\n"
         "Look at training_history.png, training_samples.png and, if there is a test set, test_predictions.png and "
-        "test_report.png.\n"
-        + samples)
+        "test_report.png.")
+    if "test" not in splits:
+        log("There is no test score, because there is no test folder; TEST_SHARE = 0.15 (--test-share 0.15) would hold "
+            "out a part of train for one.")
 
 
 def train_to_the_end(cfg: Settings, device: torch.device, splits: dict[str, Split], cache: PixelCache | None,
@@ -2228,7 +2261,8 @@ def describe_run(trainer: Trainer, splits: dict[str, Split]) -> dict:
         "versions": {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules},
         "device": str(trainer.device), "platform": platform.platform(), "encoder_weights_from": trainer.weights_from,
         "convention": CONVENTION,
-        **({"held_out": [entry.file_name for entry in splits["valid"].entries]} if splits["valid"].held_out else {}),
+        "held_out": {name: [entry.file_name for entry in split.entries] for name, split in splits.items()
+                     if split.held_out},
         "data_counts": {name: {"images": len(split.entries),
                                "annotations": sum(count for entry in split.entries for category, count
                                                   in entry.annotations.items() if split.categories[category]),
@@ -3063,6 +3097,7 @@ RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, name
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
                         lambda v: v is None or re.compile(v).groups == 1),
     "VALID_SHARE": ("above 0, and at most 0.5", lambda v: 0 < v <= 0.5),
+    "FOLD": at_least(0), "TEST_SHARE": ("from 0 to 0.5", lambda v: 0 <= v <= 0.5),
     "CACHE_GB": at_least(0.0), "SAVE_SECONDS": at_least(0.0),
     "GREY_PERCENTILES": ("two numbers from 0 to 100, the smaller one first",
                          lambda v: len(v) == 2 and 0 <= v[0] < v[1] <= 100),
@@ -3280,6 +3315,10 @@ def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
             raise TrainerError(f"{name} is {shown}, but must be {legal}.{did_you_mean(value, NAMES.get(name, ()))}")
     if find_device(cfg.DEVICE).type == "cpu" and cfg.PRECISION == "float16":
         raise TrainerError("PRECISION is float16, which needs a CUDA device; use auto, bfloat16 or float32")
+    folds = round(1 / cfg.VALID_SHARE)
+    if cfg.FOLD and (cfg.FOLD >= folds or abs(folds * cfg.VALID_SHARE - 1) > 1e-3):
+        raise TrainerError(f"FOLD is {cfg.FOLD}, but VALID_SHARE is {cfg.VALID_SHARE}: for k folds VALID_SHARE must be "
+                           "1 / k, and FOLD 0 to k - 1")
     if not mode.predict and not (cfg.DATA_DIR and Path(cfg.DATA_DIR).is_dir()):
         raise TrainerError(f"data folder not found: {cfg.DATA_DIR}; set DATA_DIR or --data-dir to the folder that "
                            "holds train/ and valid/")
@@ -3327,7 +3366,9 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
                 log(f"{name} is {getattr(cfg, name)!r} here; evaluated is what the model was trained on: {trained!r}.")
             setattr(cfg, name, trained)
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
-        with locked_data(cfg, names, held_out=metadata.get("held_out", []), training=False) as (splits, cache):
+        held_out = metadata.get("held_out", {})
+        held_out = held_out if isinstance(held_out, dict) else {"valid": held_out}  # as earlier versions wrote it
+        with locked_data(cfg, names, held_out=held_out, training=False) as (splits, cache):
             use(cfg, checkpoint, splits, cache)
 
 
@@ -3484,7 +3525,7 @@ def ending_together():
 
 
 @contextlib.contextmanager
-def locked_data(cfg: Settings, names: list[str], held_out: list[str] | None = None, training: bool = True):
+def locked_data(cfg: Settings, names: list[str], held_out: dict | None = None, training: bool = True):
     """Lock OUTPUT_DIR for this run, and give what prepare_data() returns to all processes.
 
     Each machine reads its data once, into a cache that belongs to OUTPUT_DIR and is removed at the end of the block.

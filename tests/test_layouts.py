@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -109,9 +110,9 @@ def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tin
     data, out = one_folder(tmp_path / "data", splits=("train", "test")), tmp_path / "out"
     record = run(data, out)
     text = capfd.readouterr().out
-    assert "4 of 20 images of train are held out for validation (VALID_SHARE)" in text
+    assert "4 of 20 images of train are held out for it (VALID_SHARE): neighbours by file name" in text
     assert table(text)["images"] == ["16", "4", "20"]
-    names = record["held_out"]
+    names = record["held_out"]["valid"]
     assert len(names) == 4 and set(names) < {f"{i}.png" for i in range(20)}
     assert [record["data_counts"][name]["images"] for name in ("train", "valid", "test")] == [16, 4, 20]
     scores = record["valid_metrics"]
@@ -126,7 +127,7 @@ def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tin
     coco_path.write_text(json.dumps(coco))
     assert script.main(arguments(data, out, "--evaluate")) == 0
     text = capfd.readouterr().out
-    assert "1 of the 4 images that were held out of train" in text and names[0] in text
+    assert "1 of the 4 images that the run held out of train" in text and names[0] in text
     assert table(text)["images"] == ["3", "20"]
     shutil.rmtree(data / "test")
     coco["images"] = [image for image in coco["images"] if image["file_name"] not in names]
@@ -137,7 +138,7 @@ def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tin
 
 def test_training_on_what_is_left_is_training_on_the_same_two_folders(tmp_path, tiny):
     data = one_folder(tmp_path / "data")
-    names = run(data, tmp_path / "out")["held_out"]
+    names = run(data, tmp_path / "out")["held_out"]["valid"]
 
     def part(root, split, keep):
         """A split of its own, with the numbers that the images had: unused ones come last."""
@@ -151,7 +152,7 @@ def test_training_on_what_is_left_is_training_on_the_same_two_folders(tmp_path, 
         return root
 
     two = part(part(tmp_path / "two", "train", False), "valid", True)
-    assert "held_out" not in run(two, tmp_path / "same", "--epochs", 1)
+    assert run(two, tmp_path / "same", "--epochs", 1)["held_out"] == {}
     # Only the augmentation differs: it depends on the place in the list. So compare the split itself.
     held, apart = (script.prepare_data(script.read_settings(["--data-dir", str(root), "--img-size", "64"])[0],
                                        ["train", "valid"])[0] for root in (data, two))
@@ -163,12 +164,18 @@ def test_training_on_what_is_left_is_training_on_the_same_two_folders(tmp_path, 
 
 def test_whole_patients_are_held_out(tmp_path, tiny):
     data = one_folder(tmp_path / "data", name=lambda _, i: f"p{i // 5}_{i}.png")
-    names = run(data, tmp_path / "out", "--patient-pattern", PATTERN)["held_out"]
+    names = run(data, tmp_path / "out", "--patient-pattern", PATTERN)["held_out"]["valid"]
     assert len(names) == 5 and len({name.partition("_")[0] for name in names}) == 1
 
 
 def entry_of(i, name="", patient="", tumour=True):
     return script.ImageEntry(i, "", name or f"{i}.png", 1, 1, patient=patient, tumour_fraction=0.1 * tumour)
+
+
+def held_out(entries, share, seed):
+    """The names of the images that are held out for validation."""
+    cfg = SimpleNamespace(VALID_SHARE=share, SEED=seed, FOLD=0)
+    return [entry.file_name for entry in script.choose_held_out(entries, cfg, ["valid"])["valid"]]
 
 
 def numbers(parts):
@@ -179,7 +186,7 @@ def test_neighbours_by_file_name_stay_together(tmp_path, capfd):
     """Twenty blocks of five, of which four are held out; names are sorted by folder, and numbers by value."""
     names = [f"{folder}/s{i}.png" for folder in "ab" for i in range(50)]
     order = np.random.default_rng(0).permutation(100)
-    held = script.choose_held_out([entry_of(i, names[i]) for i in order], 0.2, 42)
+    held = held_out([entry_of(i, names[i]) for i in order], 0.2, 42)
     assert len(held) == 20
     places = sorted(names.index(name) for name in held)
     assert all(places[k:k + 5] == list(range(places[k], places[k] + 5)) and places[k] % 5 == 0 for k in range(0, 20, 5))
@@ -221,14 +228,116 @@ def test_every_image_is_dealt_once_into_parts_of_near_equal_size():
 def test_the_share_is_met_and_depends_on_the_seed():
     entries = [entry_of(i, patient=f"p{i // 4}") for i in range(100)]
     for share, count in ((0.2, 20), (0.5, 48), (0.34, 32), (0.01, 4)):
-        assert abs(len(script.choose_held_out(entries, share, 0)) - count) <= 4
-    found = {tuple(script.choose_held_out(entries, 0.2, seed)) for seed in range(5)}
-    assert len(found) == 5 and script.choose_held_out(entries, 0.2, 3) == script.choose_held_out(entries, 0.2, 3)
+        assert abs(len(held_out(entries, share, 0)) - count) <= 4
+    found = {tuple(held_out(entries, 0.2, seed)) for seed in range(5)}
+    assert len(found) == 5 and held_out(entries, 0.2, 3) == held_out(entries, 0.2, 3)
+
+
+@pytest.mark.parametrize("patient", ["", r"(p\d+)_"])
+def test_five_folds_hold_out_every_image_once_and_the_test_share_is_the_same(patient, tmp_path):
+    """Whole patients, or neighbours by file name; the test part is dealt before, and belongs to no fold."""
+    data = one_folder(tmp_path / "data", 40, name=lambda _, i: f"p{i // 4}_{i}.png")
+    found, test = [], []
+    for fold in range(4):
+        cfg = script.read_settings(["--data-dir", str(data), "--img-size", "64", "--fold", str(fold), "--valid-share",
+                                    "0.25", "--test-share", "0.2", "--patient-pattern", patient or "none"])[0]
+        splits = script.prepare_data(cfg, ["train", "valid", "test"])[0]
+        names = {split: [entry.file_name for entry in splits[split].entries] for split in splits}
+        assert [*splits] == ["train", "valid", "test"] and sum(map(len, names.values())) == 40
+        owners = [{name[:2] for name in part} for part in names.values()]
+        assert not patient or sum(map(len, owners)) == 10
+        found += names["valid"]
+        test.append(names["test"])
+    assert test == [test[0]] * 4 and len(test[0]) == 8
+    assert sorted(found + test[0]) == sorted(f"p{i // 4}_{i}.png" for i in range(40))
+
+
+def test_a_fold_needs_a_share_that_divides(tmp_path, capfd):
+    data = one_folder(tmp_path / "data")
+    for fold, share in ((5, 0.2), (1, 0.3), (2, 0.5)):
+        assert "FOLD" in refused(capfd, data, tmp_path / "out", "--audit", "--fold", fold, "--valid-share", share)
+    accepted(capfd, data, tmp_path / "out", "--fold", 4)
+    assert "too few" in refused(capfd, one_folder(tmp_path / "few", 3), tmp_path / "out", "--audit", "--fold", 4)
+
+
+def test_a_held_out_test_part_is_scored_again_and_another_fold_is_another_run(tmp_path, tiny, capfd):
+    data, out = one_folder(tmp_path / "data"), tmp_path / "out"
+    record = run(data, out, "--test-share", 0.2, "--fold", 1)
+    assert [*record["held_out"]] == ["valid", "test"] and record["test_metrics"]["dice"] >= 0
+    assert "TEST_SHARE" not in capfd.readouterr().out.rpartition("Model: ")[2]
+    assert script.main(arguments(data, out, "--evaluate")) == 0
+    assert table(capfd.readouterr().out)["images"] == ["3", "4"]
+    again = json.loads((out / "evaluation" / "scores.json").read_text(encoding="utf-8"))
+    assert again["test_metrics"] == record["test_metrics"]
+    assert script.main(arguments(data, out, "--resume", "--fold", 0)) == 2
+    assert "FOLD: saved 1, now 0" in capfd.readouterr().err
+    run(data, out, "--test-share", 0.2)
+    assert len([*out.glob("earlier_run_*")]) == 1
+
+
+def test_without_test_images_the_run_says_how_to_get_a_score(tmp_path, tiny, capfd):
+    run(one_folder(tmp_path / "data", 6, splits=("train", "valid")), tmp_path / "out")
+    assert "no test score" in capfd.readouterr().out.rpartition("Model: ")[2]
+
+
+# ===== One folder =====================================================================================================
+
+
+def images_and_masks(root):
+    """A download with images/ and masks/, and a second one with a folder for each patient."""
+    return pairs(root, PLACES["images and masks"], 20, splits=(".",))
+
+
+def folders_of_patients(root):
+    return pairs(root, lambda i: (f"TCGA_{i // 5}/TCGA_{i // 5}_{i}", f"TCGA_{i // 5}/TCGA_{i // 5}_{i}_mask.tif"), 20,
+                 splits=(".",), suffix=".tif")
+
+
+@pytest.mark.parametrize("make_folder, more", [(images_and_masks, []), (folders_of_patients, []),
+                                               (folders_of_patients, ["--patient-pattern", r"(TCGA_\d+)_"])])
+def test_a_download_without_splits_is_trained_on_as_it_is(make_folder, more, tmp_path, tiny, capfd):
+    """With the run's own files in it, which are no data."""
+    data = make_folder(tmp_path / "data")
+    out = data / "run"
+    names = run(data, out, *more)["held_out"]["valid"]
+    text = capfd.readouterr().out
+    assert f"There is no train/ in {data}" in text
+    assert table(text)["images"] == ["15" if more else "16", str(len(names))]
+    scan = next(path for path in data.rglob("*.*") if path.stem in ("0", "TCGA_0_0"))
+    for folder in (out, data):
+        assert script.main(["--predict", str(scan), "--output-dir", str(folder), "--checkpoint",
+                            str(out / script.BEST), "--device", "cpu"]) == 0
+    assert run(data, data, *more)["held_out"]["valid"] == names
+    capfd.readouterr()
+    assert script.main(arguments(data, out, "--evaluate")) == 0
+    assert table(capfd.readouterr().out)["images"] == [str(len(names))]  # of its own data, what it has not seen
+    other = make_folder(tmp_path / "other")
+    for path in [*other.rglob("*.*")]:
+        path.rename(path.with_name("x" + path.name))
+    assert script.main(arguments(other, out, "--evaluate")) == 0
+    assert table(capfd.readouterr().out)["images"] == ["20"]  # of other data, all
+
+
+@pytest.mark.parametrize("names, splits", [
+    (("Training", "Testing"), ["train", "valid", "test"]), (("TRAIN", "Val"), ["train", "valid"])])
+def test_folders_named_like_splits_are_these(names, splits, tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"], 10, splits=names)
+    write(data / "picture of the scanner.png", noise_picture(0, 96, 128))
+    out, _ = accepted(capfd, data, tmp_path / "out", "--audit")
+    assert out.partition("\nData ")[2].splitlines()[0].split() == splits
+
+
+@pytest.mark.parametrize("name", ["train_set", "Validate", "holdout", "dev", "tests"])
+def test_a_folder_that_could_be_a_split_is_refused_beside_images(name, tmp_path, capfd):
+    data = images_and_masks(tmp_path / "data")
+    (data / name).mkdir()
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert str(data / name) in message and "train, training, valid, val, validation, test, testing" in message
 
 
 def test_nothing_can_be_held_out_of_one_patient(tmp_path, capfd):
     data = one_folder(tmp_path / "data", name=lambda _, i: f"p1_{i}.png")
-    assert "no valid folder" in refused(capfd, data, tmp_path / "out", "--audit", "--patient-pattern", PATTERN)
+    assert "1 patients" in refused(capfd, data, tmp_path / "out", "--audit", "--patient-pattern", PATTERN)
 
 
 def test_a_resumed_run_holds_out_the_same_images_and_may_not_change_that(tmp_path, tiny, capfd):
@@ -244,7 +353,7 @@ def test_a_resumed_run_holds_out_the_same_images_and_may_not_change_that(tmp_pat
 
 def test_with_a_valid_folder_nothing_is_held_out(tmp_path, tiny):
     data = one_folder(tmp_path / "data", 6, splits=("train", "valid"))
-    assert "held_out" not in run(data, tmp_path / "a", "--valid-share", 0.5)
+    assert run(data, tmp_path / "a", "--valid-share", 0.5)["held_out"] == {}
     run(data, tmp_path / "b")
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
@@ -631,23 +740,23 @@ def test_what_is_held_out_has_a_tumour_and_is_no_giant():
     few = [entry_of(i, patient=f"p{i}", tumour=i in (7, 8)) for i in range(20)]
     giant = [entry_of(i, patient=f"p{max(0, i - 25)}") for i in range(30)]
     for seed in range(20):
-        held = script.choose_held_out(few, 0.2, seed)
+        held = held_out(few, 0.2, seed)
         assert len(held) == 4 and len({"7.png", "8.png"} & {*held}) == 1
-        assert len(script.choose_held_out(giant, 0.2, seed)) == 1  # not the first patient, who has 26 images
+        assert len(held_out(giant, 0.2, seed)) == 1  # not the first patient, who has 26 images
 
 
 def test_a_block_that_has_all_tumours_is_cut_in_two():
     for first in (40, 43):
         entries = [entry_of(i, tumour=first <= i < first + 2) for i in range(100)]
         for seed in range(10):
-            held = script.choose_held_out(entries, 0.2, seed)
+            held = held_out(entries, 0.2, seed)
             assert len({f"{first}.png", f"{first + 1}.png"} & {*held}) == 1 and 15 <= len(held) <= 23
 
 
 def test_labels_are_checked_of_the_splits_that_the_model_knew(tmp_path, tiny, capfd):
     """Held out are the images that the JSON names; a valid folder that was taken away is not replaced by others."""
     data, out = one_folder(tmp_path / "data"), tmp_path / "out"
-    names = run(data, out)["held_out"]
+    names = run(data, out)["held_out"]["valid"]
     assert script.main(arguments(data, out, "--check-labels")) == 0
     assert table(capfd.readouterr().out.rpartition("Model: ")[2])["images"] == ["16", "4"] and len(names) == 4
     two, other = one_folder(tmp_path / "two", 6, splits=("train", "valid")), tmp_path / "other"
@@ -655,6 +764,6 @@ def test_labels_are_checked_of_the_splits_that_the_model_knew(tmp_path, tiny, ca
     shutil.rmtree(two / "valid")
     assert script.main(arguments(two, other, "--check-labels")) == 0
     text = capfd.readouterr().out.rpartition("Model: ")[2]
-    assert table(text)["images"] == ["6"] and "held out" not in text
+    assert table(text)["images"] == ["6"] and "are held out" not in text
     assert script.main(arguments(two, other, "--evaluate")) == 2
     assert "folder not found" in capfd.readouterr().err
