@@ -428,8 +428,11 @@ def list_files(folder: Path, without: Iterable[str] = ()) -> list[Path]:
     Left out are hidden files, as Jupyter and macOS leave them, what this script has written, and the folders without
     (lower-case names) directly in it.
     """
+    def unlisted(error):
+        warn(f"cannot read the folder {error.filename}")
+
     files, seen = [], set()
-    for parent, folders, inside in os.walk(folder, followlinks=True):
+    for parent, folders, inside in os.walk(folder, onerror=unlisted, followlinks=True):
         is_top, place = parent == str(folder), os.path.realpath(parent)
         if place in seen or not is_top and (RESULTS.fullmatch(Path(parent).name) or {BEST, LAST} & {*inside}):
             folders.clear()
@@ -1035,7 +1038,8 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
     there = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.is_dir()}
     found = {split: next(there[name] for name in names if name in there)
              for split, names in SPLIT_NAMES.items() if {*names} & {*there}}
-    if "train" in found or not any(path.suffix.lower() in IMAGE_SUFFIXES for path in list_files(data_dir, KNOWN_SPLITS)):
+    files = [] if "train" in found else list_files(data_dir, KNOWN_SPLITS)
+    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return found
     if like := [str(path) for name, path in there.items() if LIKE_A_SPLIT.fullmatch(name) and name not in KNOWN_SPLITS
                 and not RESULTS.fullmatch(name)]:
@@ -1178,8 +1182,6 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         of_train or is_single and len(folder) == 1)]
     folders = {name: folder.get(name, data_dir / name) for name in wanted
                if name in folder or training and name != "test"}
-    if not folders:
-        raise TrainerError(f"folder not found: {data_dir} (DATA_DIR or --data-dir) has none of {', '.join(names)}")
     splits = read_splits(folders, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
     phantoms = [str(folders[name]) for name, split in splits.items() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
@@ -1190,6 +1192,9 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         if [*splits] == ["train"] and is_single:
             splits = {"test": splits["train"]}
         splits = {name: split for name, split in splits.items() if name in names}
+    if not splits:
+        raise TrainerError(f"nothing to score: {data_dir} (DATA_DIR or --data-dir) has no folder {' or '.join(names)}, "
+                           "and none of the images that the run held out of train")
     find_patients(splits, cfg.PATIENT_PATTERN)
     if cfg.UNANNOTATED == "skip":
         for split in splits.values():
