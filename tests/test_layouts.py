@@ -766,4 +766,4 @@ def test_labels_are_checked_of_the_splits_that_the_model_knew(tmp_path, tiny, ca
     text = capfd.readouterr().out.rpartition("Model: ")[2]
     assert table(text)["images"] == ["6"] and "are held out" not in text
     assert script.main(arguments(two, other, "--evaluate")) == 2
-    assert "folder not found" in capfd.readouterr().err
+    assert "nothing to score" in capfd.readouterr().err
