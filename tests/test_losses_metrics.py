@@ -246,6 +246,16 @@ def test_validation_scores_do_not_depend_on_the_batch_size():
     assert abs(expected["dice"] - expected["pooled_dice"]) > 0.01
 
 
+def test_a_loss_that_is_not_finite_is_not_left_out_as_undefined_scores_are():
+    logits, targets = random_batch(3, 64, seed=5)
+    logits[1] = nan
+    images, cfg, model = logits.repeat(1, 3, 1, 1), script.default_settings(), torch.nn.Module()
+    model.forward, cfg.PRECISION = lambda shown: shown[:, :1], "float32"
+    found = script.validate(model, list(zip(images.split(1), targets.split(1))), script.dice_loss, torch.device("cpu"),
+                            cfg=cfg)
+    assert found["valid_loss"] != found["valid_loss"] and 0 <= found["dice"] <= 1
+
+
 # --- distances between boundaries
 
 
