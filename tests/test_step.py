@@ -445,6 +445,7 @@ def watched_epoch(monkeypatch, criterion, **changes):
         return method(tensor)
 
     monkeypatch.setattr(script, "build_model", lambda *_: (network(True), "random"))
+    monkeypatch.setattr(script, "build_optimizer", lambda model, *_: torch.optim.AdamW(model.parameters(), fused=True))
     trainer = new_trainer(**changes)
     with Watch() as watch, monkeypatch.context() as patch:
         for name in ("cpu", "numpy", "tolist"):  # no dispatch mode sees these on a CPU
@@ -478,43 +479,50 @@ def encoder_and_decoder():
     return model
 
 
-@pytest.mark.parametrize("warmup, stalls, expected", [
-    (4, None, [0.1, 0.175, 0.25, 0.325, 0.4, 0.4]),  # from a quarter to the whole in four steps
-    (4, 3, [0.1, 0.175, 0.25, 0.1625, 0.2, 0.2]),  # a plateau on the way halves what is left, too
-    (0, None, [0.4, 0.4, 0.4])])
-def test_the_rate_of_each_step_of_the_warm_up(warmup, stalls, expected, monkeypatch):
+def test_the_rate_of_each_step_of_the_warm_up(monkeypatch):
     monkeypatch.setattr(script, "build_model", lambda *_: (encoder_and_decoder(), "file"))
-    trainer = new_trainer(LR=0.2, LR_FROM_SCRATCH=0.4, WARMUP_STEPS=warmup, PLATEAU_PATIENCE=0, PLATEAU_FACTOR=0.5)
-    rates = []  # of the second group; the first one has half of it all the time
-    for step in range(len(expected)):
-        if step in (1, stalls):
-            trainer.per_epoch.step(0.5)  # the second time it is not better
-        rates.append(trainer.optimizer.param_groups[1]["lr"])
-        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] / 2)
-        trainer.optimizer.step()
-        trainer.after_step()
-    assert rates == pytest.approx(expected)
+    for warmup, stalls, expected in (
+            (4, None, [0.1, 0.175, 0.25, 0.325, 0.4, 0.4]),  # from a quarter to the whole in four steps
+            (4, 3, [0.1, 0.175, 0.25, 0.1625, 0.2, 0.2]),  # a plateau on the way halves what is left, too
+            (0, None, [0.4, 0.4, 0.4])):
+        trainer = new_trainer(LR=0.2, LR_FROM_SCRATCH=0.4, WARMUP_STEPS=warmup, PLATEAU_PATIENCE=0, PLATEAU_FACTOR=0.5)
+        rates = []  # of the second group; the first one has half of it all the time
+        for step in range(len(expected)):
+            if step in (1, stalls):
+                trainer.per_epoch.step(0.5)  # the second time it is not better
+            rates.append(trainer.optimizer.param_groups[1]["lr"])
+            assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] / 2)
+            trainer.optimizer.step()
+            trainer.after_step()
+        assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("words, encoder, decoder, origin", [
-    ("--encoder-weights none", 0.5, 0.5, "random"),
-    ("--encoder-weights imagenet", 0.25, 0.5, "imagenet (torchvision)"),
-    ("--encoder-weights unreachable", 0.5, 0.5, "random (no network)"),
-    ("--encoder-weights FILE", 0.25, 0.5, "file FILE"),
-    ("--init-weights FILE --encoder-weights none", 0.25, 0.25, "checkpoint FILE"),
-    ("--encoder-weights none --lr 0.125", 0.125, 0.125, "random"),
-    ("--encoder-weights FILE --lr 0.125", 0.125, 0.125, "file FILE"),
-    ("--encoder-weights FILE --lr 0.125 --lr-from-scratch 0.0625", 0.125, 0.0625, "file FILE")])
-def test_the_start_decides_about_the_rates(words, encoder, decoder, origin, monkeypatch, tmp_path):
-    """Random weights, chosen or forced, need a larger one; a --lr that the user gives wins; a resumed run keeps it."""
+def test_the_rates_follow_from_where_the_weights_come_from():
+    """Random ones, chosen or forced, need a larger one."""
+    model, cfg = encoder_and_decoder(), settings(LR=0.25, LR_FROM_SCRATCH=0.5, WEIGHT_DECAY=0.125)
+    for origin, *rates in (("random", 0.5, 0.5), ("random (no network)", 0.5, 0.5), ("file w.pth", 0.25, 0.5),
+                           ("imagenet (torchvision)", 0.25, 0.5), ("checkpoint w.pth", 0.25, 0.25)):
+        optimizer = script.build_optimizer(model, cfg, origin)
+        assert [(group["lr"], group["params"]) for group in optimizer.param_groups] == [
+            (rate, list(part.parameters())) for rate, part in zip(rates, (model.encoder, model.decoder))]
+        # Fused, it skips a bad step of float16 without asking the GPU.
+        assert {(group["weight_decay"], group["fused"]) for group in optimizer.param_groups} == {(0.125, True)}
+        (group,) = script.build_optimizer(network(), cfg, origin).param_groups  # without encoder
+        assert group["lr"] == rates[0]
+
+
+@pytest.mark.parametrize("words, origin", [
+    ("--encoder-weights none", "random"), ("--encoder-weights imagenet", "imagenet (torchvision)"),
+    ("--encoder-weights unreachable", "random (no network)"), ("--encoder-weights FILE", "file FILE"),
+    ("--init-weights FILE --encoder-weights none", "checkpoint FILE")])
+def test_where_the_weights_come_from_is_kept(words, origin, monkeypatch, tmp_path):
+    """A resumed run has the same rates, without asking again."""
     def load_imagenet_weights(*_):
         if "unreachable" in words:
             raise ConnectionError("no network")
         return "imagenet (torchvision)"
 
     model = encoder_and_decoder()
-    for name_in_script, value in {"LR": 0.25, "LR_FROM_SCRATCH": 0.5, "WARMUP_STEPS": 0}.items():
-        monkeypatch.setattr(script, name_in_script, value)
     monkeypatch.setattr(script.smp, "create_model", lambda *_, **__: model)
     monkeypatch.setattr(script, "load_imagenet_weights", load_imagenet_weights)
     file = str(tmp_path / "file.pth")
@@ -522,13 +530,9 @@ def test_the_start_decides_about_the_rates(words, encoder, decoder, origin, monk
     given = words.replace("unreachable", "imagenet").replace("FILE", file).split()
     cfg, _ = script.read_settings(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path), *given])
     trainer = script.Trainer(cfg, CPU, "data", 4)
-    assert trainer.weights_from == origin.replace("FILE", file)
     again = script.Trainer(cfg, CPU, "data", 4, copy.deepcopy(trainer.state()))
-    for each in (trainer, again):
-        assert [(group["lr"], group["params"]) for group in each.optimizer.param_groups] == [
-            (encoder, list(each.model.encoder.parameters())), (decoder, list(each.model.decoder.parameters()))]
-        assert {group["weight_decay"] for group in each.optimizer.param_groups} == {cfg.WEIGHT_DECAY}
-    assert again.weights_from == trainer.weights_from
+    assert again.weights_from == trainer.weights_from == origin.replace("FILE", file)
+    assert differences(again.state(), trainer.state()) == []
 
 
 # --- the EMA of the weights
@@ -616,7 +620,6 @@ def test_a_state_goes_on_in_another_memory_format(saved, now, monkeypatch):
     expected = step(trainer)
     set_processor(monkeypatch, now)
     again = new_trainer(state=state, LR_FROM_SCRATCH=1e-2, WARMUP_STEPS=0)
-    assert type(again.optimizer) is torch.optim.AdamW and all(group["fused"] for group in again.optimizer.param_groups)
     for weight, moments in again.optimizer.state.items():
         assert {value.stride() for value in moments.values() if value.shape == weight.shape} == {weight.stride()}
     assert (step(again) - expected).norm() < 0.01 * (expected - before).norm()  # float32 sums in another order
