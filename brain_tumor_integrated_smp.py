@@ -2286,7 +2286,6 @@ LABEL_CHECK = ("label_check.csv", "label_check.png")  # of --check-labels
 RUN_FILES = (BEST, "unet_plusplus_best.json", "training_history.csv", "training_history.png", "training_samples.png",
              "training_history.pdf", "valid_metrics.csv", "test_metrics.csv", "test_predictions.png", "test_report.png",
              "test_report.pdf", *LABEL_CHECK, LAST)
-EVALUATION_FILES = ("valid_predictions.png", "valid_report.png", "scores.json")  # what --evaluate writes besides
 FORMAT = 5  # of the state in LAST
 # A resumed run may change these; BATCH_SIZE * ACCUMULATION_STEPS has to stay the same.
 RESUME_MAY_CHANGE = ("EPOCHS", "EARLY_STOPPING_PATIENCE", "NUM_WORKERS", "DEVICE", "PRECISION", "COMPILE",
@@ -2567,7 +2566,7 @@ def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None
     of_epoch = metadata.get("valid_metrics_at_img_size", {}).get("dice", 0)
     print_scores(scores, f"Threshold {threshold:.2f} gives the best Dice on valid. Valid has chosen it and the epoch: "
                  "its scores are a little\ntoo good, report those of test. The best validation Dice of the epochs "
-                 f"({of_epoch:.4f}) is at {cfg.IMG_SIZE} px and threshold 0.5.")
+                 f"({of_epoch:.4f}) is at {metadata['img_size']} px and threshold 0.5.")
     for name, found in scores.items():
         if splits[name].near_duplicates:
             both = [f"{found[row]:.3f}" for row in ("dice", "dice_without_near_duplicates") if row in found]
@@ -2702,9 +2701,11 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
                 rows.append(({"split": name, "file_name": entry.file_name} | finding | {"kind": kind}, entry))
     rows.sort(key=lambda row: -row[0]["confidence"] * (1 - row[0]["dice"]))
     mean = float(mean_of_defined(torch.cat(dice))[0]) if dice else math.nan
-    log(f"\nOn the {plural(len(dice), 'annotated image')} the model has a Dice of {mean:.2f}."
-        + " Most of what follows are probably its own mistakes: train it longer, or on more\nimages, before you change "
-        "annotations." * (not mean >= WEAK_MODEL))
+    log(f"\nOn the {plural(len(dice), 'annotated image')} the model has "
+        + ("no Dice." if math.isnan(mean) else f"a Dice of {mean:.2f}."))
+    if rows and not mean >= WEAK_MODEL:
+        log("Most of what follows are probably its own mistakes: train it longer, or on more images, before you change "
+            "annotations.")
     kinds = Counter(row["kind"] for row, _ in rows)
     kinds = [f"{kinds[kind]} x {kind}" for kind in (*LABEL_FINDINGS, NO_ANNOTATION) if kind in kinds]
     log(f"The model contradicts {', '.join(kinds) or 'no annotation'}.")
@@ -2720,7 +2721,7 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
 
 
 def find_images(sources: list[str]) -> list[tuple[Path, str]]:
-    """Image files, and all images of folders but masks and results, as their names tell. Prints what is left out.
+    """Image files, and all images of folders but masks and overlays, as their names tell. Prints what is left out.
 
     Returns (path, name for its results) of each. In the name the folders below the source are kept, as annotation tools
     keep them: P002/slice_01.png becomes P002_slice_01.png.
@@ -2734,10 +2735,8 @@ def find_images(sources: list[str]) -> list[tuple[Path, str]]:
             continue
         of_source = [source.resolve().name] * (len(sources) > 1)  # one folder for each patient, perhaps
         for path in list_files(source):
-            earlier = path.parts[-2:-1] in [(name,) for name in PREDICTED] and "predictions" in str(path.parent)
-            own = path.name in RUN_FILES + EVALUATION_FILES or path.stem.endswith("_overlay")
-            if own or earlier or is_mask_file(path):
-                left_out["named like a mask or a result of this script"] += 1
+            if is_mask_file(path) or "overlays" in path.parts[:-1] or path.stem.endswith("_overlay"):
+                left_out["named like a mask or an overlay"] += 1
             elif path.suffix.lower() in IMAGE_SUFFIXES:
                 files.append((source / path, "_".join([*of_source, *path.parts])))
             else:

@@ -940,7 +940,7 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
     text, err = capsys.readouterr()
     assert "1 of 5 files failed:\n  - cannot write" in err and "Traceback" not in err
     lines = {line.removeprefix("Left out: ") for line in text.splitlines() if line.startswith("Left out: ")}
-    assert lines == {"2 files named like a mask or a result of this script", "1 file named *.dcm", "2 files named *.gz",
+    assert lines == {"2 files named like a mask or an overlay", "1 file named *.dcm", "2 files named *.gz",
                      "1 file without suffix"}
     assert f"WARNING: cannot read the folder {scans / 'closed'}" in err
     rows = table(out / "predictions" / "predictions.csv")
@@ -1064,7 +1064,7 @@ def test_planted_mistakes_come_first_in_table_and_picture(tmp_path, tiny, capsys
     assert "label_check.png shows the first 4" in out
     # Of six annotated images three are right, in one a part is, two are not seen at all.
     dice = (1 + 7 / 8 + 1 + 2 * 6 / 32) / 6
-    assert f"On the 6 annotated images the model has a Dice of {dice:.2f}. Most of what follows are probably its" in out
+    assert f"On the 6 annotated images the model has a Dice of {dice:.2f}.\nMost of what follows are probably" in out
 
 
 @pytest.mark.parametrize("words", [[], ["--unannotated", "skip"]])
