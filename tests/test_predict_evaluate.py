@@ -585,7 +585,7 @@ def test_scores_boundaries_lesions_and_intervals_agree_in_table_json_and_printed
         assert line in out, out
     assert not any(name in out for name in ("pooled_iou", "_95_ci", "lesions_found"))
     reported = ["images", "dice", "iou", "precision", "recall", "hd95_px", "lesions"]
-    lines = [line.split()[:1] for line in out.partition(f"{'':31}valid")[2].splitlines()[1:]]
+    lines = [line.split()[:1] for line in out.rpartition(f"{'':31}valid")[2].splitlines()[1:]]
     assert [name for name, in lines[:lines.index([])] if name in reported] == reported
 
 
