@@ -2972,7 +2972,7 @@ def plot_history(path: Path, history: list[dict], images: int, vector: bool = Fa
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
                      label=f"best: epoch {best['epoch']} ({best.get('dice', 0):.3f})" if axis is scores else None)
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
     rates = [row["lr"] for row in history]
     # The rate of an epoch is that of its last step: where it grows from the first epoch on, that is the warm-up.
