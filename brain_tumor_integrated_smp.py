@@ -91,7 +91,7 @@ CATEGORIES = ()  # names of the COCO categories that count as tumour; empty: all
 PATIENT_PATTERN = None  # regular expression, brackets around the patient in a file name: r"(P\d+)" for P001_s03.png
 VALID_SHARE = 0.2  # of train, up to 0.5, held out for validation if there is no valid folder: whole patients, or, if
 #                    they are not known, neighbours by file name
-FOLD = 0  # which part of that size is held out, 0 to 1 / VALID_SHARE - 1: five runs for a five-fold cross-validation
+FOLD = 0  # which part of that size is held out, 0 to 1 / VALID_SHARE - 1: five runs are a five-fold cross validation
 TEST_SHARE = 0.0  # of train, up to 0.5, held out for the test score if there is no test folder; 0: no test score
 UNANNOTATED = "tumour-free"  # images without annotation: "tumour-free" (trained on and scored as such), or "skip"
 SKIP_BAD_IMAGES = False  # True: leave out unreadable images (they are listed) instead of stopping

@@ -36,7 +36,7 @@ def flag(name):
 def another(name, value, folder):
     """A legal value of a constant that is not its default: (words of the command line, what they mean)."""
     texts = {"DATA_DIR": str(folder), "OUTPUT_DIR": str(folder / "o"), "ARCHITECTURE": "linknet", "ENCODER": "resnet18",
-             "UNANNOTATED": "skip", "PATIENT_PATTERN": r"(p\d+)_",
+             "UNANNOTATED": "skip", "PATIENT_PATTERN": r"(p\d+)_", "FOLD": 3,
              "LOSS": "focal_tversky", "DEVICE": "cuda:1", "PRECISION": "bfloat16",
              "ENCODER_WEIGHTS": str(folder / "w.pth"), "INIT_WEIGHTS": str(folder / "w.pth")}
     if isinstance(value, bool):
