@@ -166,37 +166,35 @@ def open_image(source: str | Path | bytes | BinaryIO, upright: bool = False) -> 
     except FileNotFoundError:
         raise TrainerError(f"{name}: the file is missing") from None
     except (OSError, ValueError) as error:  # no access, a name that is too long or that the system cannot write
-        raise TrainerError(f"{name}: {error}") from None
+        raise TrainerError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     reader = next((reader for start, reader in READERS.items() if data.startswith(start)), None)
     if reader is None:
         raise TrainerError(f"{name}: {'not a JPEG, PNG, BMP, TIFF or WebP image' if data else 'the file is empty'}")
     try:
         image = reader(io.BytesIO(data))
-        if problem := unreadable(image, upright):
-            raise TrainerError(f"{name}: {problem}")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-    except (TrainerError, MemoryError):
+        # Before load(), which forgets what the file holds, and turns TIFFs.
+        raw_modes = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in image.tile]
+        if image.width * image.height > MOST_PIXELS:
+            problem = f"has {image.width}x{image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million"
+        elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones add a second picture to a JPEG
+            problem = "has more than one page; save each page as a file of its own"
+        elif image.format in ("PNG", "TIFF") and image.mode[0] not in "IF" and any(";16" in mode for mode in raw_modes):
+            problem = "has 16-bit colours, or 16-bit grey with transparency; save it as 16-bit grey or as 8 bit"
+        elif upright and image.getexif().get(ORIENTATION, 1) != 1:
+            problem = ("has an EXIF orientation: its outlines may belong to the turned or the stored picture; save it "
+                       "upright")
+        else:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode != "F" or np.isfinite(np.asarray(image)).all():
+                return image
+            problem = "has pixels that are not finite"
+    except MemoryError:
         raise
     except Exception as error:  # damaged files raise almost anything
-        cause = ("has numbers that cannot be read, such as 64-bit floats; save it as 16-bit grey"
-                 if "unknown pixel mode" in str(error) else "damaged, or cut short")
-        raise TrainerError(f"{name}: {cause}") from None
-    return image
-
-
-def unreadable(image: Image.Image, upright: bool) -> str:
-    """Why an image must not be read, or "". Before load(), which forgets what the file holds and turns TIFFs."""
-    raw_modes = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in image.tile]
-    if image.width * image.height > MOST_PIXELS:
-        return f"has {image.width}x{image.height} pixels, more than {MOST_PIXELS / 1e6:.0f} million"
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones add a second picture to a JPEG
-        return "has more than one page; save each page as a file of its own"
-    if image.format in ("PNG", "TIFF") and image.mode[0] not in "IF" and any(";16" in mode for mode in raw_modes):
-        return "has 16-bit colours, or 16-bit grey with transparency; save it as 16-bit grey or as 8 bit"
-    if upright and image.getexif().get(ORIENTATION, 1) != 1:
-        return "has an EXIF orientation: its outlines may belong to the turned or the stored picture; save it upright"
-    return ""
+        problem = ("has numbers that cannot be read, such as 64-bit floats; save it as 16-bit grey"
+                   if "unknown pixel mode" in str(error) else "damaged, or cut short")
+    raise TrainerError(f"{name}: {problem}")
 
 
 def deep_pixels(image: Image.Image) -> np.ndarray | None:
@@ -221,8 +219,6 @@ def read_image(source: str | Path | bytes | BinaryIO, percentiles: tuple = GREY_
     grey = deep_pixels(image)
     if grey is None:
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    if not np.isfinite(grey).all():
-        raise TrainerError(f"{source if isinstance(source, (str, Path)) else 'image'}: has pixels that are not finite")
     low, high = np.percentile(grey, percentiles)
     if low == high:  # nearly all pixels are equal
         low, high = float(grey.min()), float(grey.max())
@@ -270,11 +266,6 @@ def preprocess_digest() -> str:
     return "" if np.array_equal(made, picture) else hashlib.sha256(made.tobytes()).hexdigest()
 
 
-def notes() -> dict[str, list[str]]:
-    """An empty record of what checks find: by kind, a detail for each time."""
-    return defaultdict(list)
-
-
 @dataclass
 class ImageEntry:
     """One image of a split with its mask."""
@@ -290,8 +281,8 @@ class ImageEntry:
     tumours: int = 0  # annotations that cover at least one pixel
     boxes: int = 0  # those of them that are upright boxes
     patient: str = ""  # see PATIENT_PATTERN
-    problems: dict[str, list[str]] = field(default_factory=notes)  # why it cannot be used
-    remarks: dict[str, list[str]] = field(default_factory=notes)  # what to look at
+    problems: list[tuple[str, str]] = field(default_factory=list)  # why it cannot be used: kind and detail each
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # what to look at, likewise
     # Set by scan():
     cache_slot: int = -1  # its place in the cache
     file_size: tuple = ()  # (height, width) of the file, pixels
@@ -322,8 +313,8 @@ class Split:
     categories: dict[str, bool]  # by name: whether its annotations count as tumour, see CATEGORIES
     unlisted: int = 0  # image files that the JSON does not list
     is_sample: bool = False  # the phantoms of this project
-    problems: dict[str, list[str]] = field(default_factory=notes)  # that leaving out images would not help
-    remarks: dict[str, list[str]] = field(default_factory=notes)  # about no single image
+    problems: list[tuple[str, str]] = field(default_factory=list)  # that leaving out images would not help
+    remarks: list[tuple[str, str]] = field(default_factory=list)  # about no single image
     held_out: bool = False  # a part of train, see VALID_SHARE
     skipped: list[ImageEntry] = field(default_factory=list)  # images that cannot be used
 
@@ -339,10 +330,10 @@ class Split:
         if len(found) >= max(3, 0.05 * of):
             examples = [f"{entry.file_name}, {detail}" for entry, detail in found[:2]]
             kind = f"{kind}, {len(found)} of {of} in {self.folder.name}{causes}"
-            self.problems[kind].append("; ".join(examples) + ", ...")
+            self.problems.append((kind, "; ".join(examples) + ", ..."))
         else:
             for entry, detail in found:
-                getattr(entry, where)[kind].append(detail)
+                getattr(entry, where).append((kind, detail))
 
 
 def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERCENTILES) -> tuple[np.ndarray, ...]:
@@ -362,64 +353,29 @@ def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERC
 
 # ===== Splits: their files, and what is wrong with them ===============================================================
 
-
-def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_images: bool = False) -> dict[str, Split]:
-    """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
-
-    What the levels of mask files mean is decided once for all splits. categories: see read_coco(); mask files have
-    none. Raises TrainerError with all problems that can be found without decoding an image.
-    """
-    splits = {}
-    for name, folder in folders.items():
-        pairs = None if (folder / ANNOTATION_FILE).is_file() else find_pairs(folder)
-        splits[name] = split = pairs or read_coco(folder, categories)
-        for entry in split.entries:
-            if not is_unicode(entry.path + entry.mask_path):
-                entry.problems["its name is no Unicode text, as archives in GBK or Big5 leave it: rename it"].append("")
-    refuse_problems(splits.values(), skip_bad_images)
-    draw_mask_files(splits.values())
-    return splits
-
-
-def image_problems(splits: Iterable[Split]) -> dict[str, list[str]]:
-    """The problems of all images of splits by kind: which images, and details."""
-    found = notes()
-    for split in splits:
-        for entry in split.entries + split.skipped:
-            for kind, details in entry.problems.items():
-                found[kind] += [", ".join(filter(None, [entry.path, detail])) for detail in details]
-    return found
-
-
-def refuse_problems(splits: Iterable[Split], skip_bad_images: bool) -> None:
-    """Raise TrainerError for all problems of splits; skip_bad_images: except for those of single images."""
-    found, of_images = notes(), image_problems(splits)
-    for split in splits:
-        for kind, details in split.problems.items():
-            found[kind] += [os.path.join(split.folder, detail) for detail in details]
-    if not found and (skip_bad_images or not of_images):
-        return
-    advice = "Correct the data, or export them again."
-    if not found:
-        bad = sum(bool(entry.problems) for split in splits for entry in split.entries + split.skipped)
-        advice = (f"{plural(bad, 'image')} cannot be used: repair or remove them, or set SKIP_BAD_IMAGES = True "
-                  "(--skip-bad-images) to leave them out.")
-    found |= of_images
-    raise TrainerError(f"the data cannot be used, {plural(sum(map(len, found.values())), 'problem')}:"
-                       f"{bullet_list(grouped(found), 40)}\n{advice}")
-
-
-def grouped(found: dict[str, list[str]], examples: int = 2) -> list[str]:
-    """Findings by kind as one sentence for each kind: how many there are, and the first examples."""
-    return [kind + f" ({len(details)} times)" * (len(details) > 1)
-            + f": {'; '.join(details[:examples])}" * bool(details[0]) + ", ..." * (len(details) > examples)
-            for kind, details in found.items() if details]
-
-
 SPLIT_NAMES = {"train": ("train", "training"), "valid": ("valid", "val", "validation"), "test": ("test", "testing")}
 KNOWN_SPLITS = [*itertools.chain(*SPLIT_NAMES.values())]
-LIKE_A_SPLIT = re.compile("(train|val|test|dev|eval|hold).*", re.IGNORECASE)
+LIKE_A_SPLIT = re.compile("(train|val|test|dev|eval|hold).*")
 RESULTS = re.compile(r"(predictions|evaluation)(_\d+)?|earlier_run_.*")  # folders that this script writes
+MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
+
+
+def find_splits(data_dir: Path) -> dict[str, Path]:
+    """The folders of the splits in a data folder, by name of the split; case does not matter.
+
+    A data folder without any for train that holds images itself is train. Raises TrainerError if another folder in it
+    could be a split.
+    """
+    there = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.is_dir()}
+    folders = {split: there[name] for split, names in SPLIT_NAMES.items() for name in reversed(names) if name in there}
+    if "train" in folders or not any(path.suffix.lower() in IMAGE_SUFFIXES
+                                     for path in list_files(data_dir, without=KNOWN_SPLITS)):
+        return folders
+    for name in sorted(there.keys() - {*KNOWN_SPLITS}):
+        if LIKE_A_SPLIT.fullmatch(name) and not RESULTS.fullmatch(name):
+            raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {there[name]}; "
+                               f"splits are named {', '.join(KNOWN_SPLITS)}. Rename or move it")
+    return {"train": data_dir} | folders
 
 
 def list_files(folder: Path, without: Iterable[str] = ()) -> list[Path]:
@@ -428,11 +384,11 @@ def list_files(folder: Path, without: Iterable[str] = ()) -> list[Path]:
     Left out are hidden files, as Jupyter and macOS leave them, what this script has written, and the folders without
     (lower-case names) directly in it.
     """
-    def unlisted(error):
+    def report(error):
         warn(f"cannot read the folder {error.filename}")
 
     files, seen = [], set()
-    for parent, folders, inside in os.walk(folder, onerror=unlisted, followlinks=True):
+    for parent, folders, inside in os.walk(folder, onerror=report, followlinks=True):
         is_top, place = parent == str(folder), os.path.realpath(parent)
         if place in seen or not is_top and (RESULTS.fullmatch(Path(parent).name) or {BEST, LAST} & {*inside}):
             folders.clear()
@@ -445,30 +401,69 @@ def list_files(folder: Path, without: Iterable[str] = ()) -> list[Path]:
     return sorted(files)
 
 
+def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_images: bool = False) -> dict[str, Split]:
+    """Read splits (folders by name) from their COCO files, or, where there is none, from image and mask files.
+
+    What the levels of mask files mean is decided once for all splits. categories: see read_coco(); mask files have
+    none. Raises TrainerError with all problems that can be found without decoding an image.
+    """
+    splits = {}
+    for name, folder in folders.items():
+        pairs = None if (folder / ANNOTATION_FILE).is_file() else find_pairs(folder)
+        splits[name] = split = pairs or read_coco(folder, categories)
+        for entry in split.entries:
+            if re.search("[\ud800-\udfff]", entry.path + entry.mask_path):  # on Linux, names may be any bytes
+                entry.problems.append(("its name is not Unicode, as archives in GBK or Big5 leave it: rename it", ""))
+    refuse_problems(splits.values(), skip_bad_images)
+    draw_mask_files(splits.values())
+    return splits
+
+
 def list_images(split: Split) -> list[Path]:
     """list_files() with the suffix of an image. Notes images and masks of formats that are not read."""
     files = list_files(split.folder, () if split.folder.name.lower() in KNOWN_SPLITS else KNOWN_SPLITS)
     for path in files:
-        if path.name.lower().endswith(UNREAD_SUFFIXES):
-            kind = "file of a format that is not read: save it as PNG"
-            if is_mask_file(path) and MASK_FILE in split.categories:  # its image would be without annotation
-                split.problems[f"mask {kind}"].append(str(path))
-            else:
-                split.remarks[f"image {kind}, or ignore this"].append(str(path))
+        if not path.name.lower().endswith(UNREAD_SUFFIXES):
+            continue
+        if is_mask_file(path) and MASK_FILE in split.categories:  # its image would be without annotation
+            split.problems.append(("mask file of a format that is not read: save it as PNG", str(path)))
+        else:
+            split.remarks.append(("image file of a format that is not read: save it as PNG, or ignore this", str(path)))
     return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a file name can be written into a UTF-8 file; on Linux it may hold any bytes."""
-    return name.encode("utf-8", "replace").decode() == name
-
-
-MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annotation tools number several masks
 
 
 def is_mask_file(path: Path) -> bool:
     """Whether an image file is a mask, by its relative path: NAME_mask, NAME_mask_2, or anything below masks/."""
     return bool(MASK_END.search(path.stem)) or "masks" in map(str.lower, path.parts[:-1])
+
+
+def refuse_problems(splits: Iterable[Split], skip_bad_images: bool) -> list[str]:
+    """Raise TrainerError for all problems of splits; skip_bad_images: unless all are of single images.
+
+    Returns what is wrong with the images that are left out, a sentence for each kind.
+    """
+    of_splits, of_images, bad = [], [], 0
+    for split in splits:
+        place = split.folder if MASK_FILE in split.categories else split.folder / ANNOTATION_FILE
+        of_splits += [(kind, f"{place}, {detail}") for kind, detail in split.problems]
+        for entry in split.entries + split.skipped:
+            of_images += [(kind, f"{entry.path}, {detail}".removesuffix(", ")) for kind, detail in entry.problems]
+            bad += bool(entry.problems)
+    if not of_splits and (skip_bad_images or not bad):
+        return grouped(of_images)
+    advice = "Correct the data, or export them again." if of_splits else (
+        f"{plural(bad, 'image')} cannot be used: repair or remove them, or set SKIP_BAD_IMAGES = True "
+        "(--skip-bad-images) to leave them out.")
+    raise TrainerError(f"the data cannot be used:{bullet_list(grouped(of_splits + of_images), 40)}\n{advice}")
+
+
+def grouped(found: list[tuple[str, str]]) -> list[str]:
+    """Findings (kind, detail) as one sentence for each kind: how many there are, and the first two."""
+    details = defaultdict(list)
+    for kind, detail in found:
+        details[kind].append(detail)
+    return [kind + f" ({len(of_kind)} times)" * (len(of_kind) > 1) + ": " + "; ".join(of_kind[:2])
+            + ", ..." * (len(of_kind) > 2) for kind, of_kind in details.items()]
 
 
 # ===== COCO annotations ===============================================================================================
@@ -521,8 +516,8 @@ def read_coco(folder: str | Path, categories: tuple = ()) -> Split:
                            f"{', '.join(sorted(set(names.values())))}.{did_you_mean(unknown[0], names.values())}")
     split = Split(Path(folder), [], {name: not chosen or name.strip(BLANK) in chosen for name in names.values()},
                   is_sample=SAMPLE_MARK in str(coco.get("info")))
-    by_id = read_images(split, coco["images"])
-    find_files(split)
+    by_id = read_image_list(split, coco["images"])
+    locate_files(split)
     read_annotations(split, coco, names, by_id, strict=bool(chosen))
     return split
 
@@ -532,20 +527,19 @@ def id_text(value) -> str:
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
-def read_images(split: Split, images: list[dict]) -> dict[str, ImageEntry]:
+def read_image_list(split: Split, images: list[dict]) -> dict[str, ImageEntry]:
     """Fill the entries of a split from the list of images in its COCO file. Returns them by image id."""
     by_id, sizeless = {}, []
     for number, image in enumerate(images):
         key, name, size = id_text(image.get("id")), image.get("file_name"), (image.get("height"), image.get("width"))
         inside = os.path.normpath(str(name).replace("\\", "/"))  # some tools on Windows write back-slashes
         if image.get("id") is None or not isinstance(name, str) or not name:
-            split.problems["image without id or file_name"].append(f"{ANNOTATION_FILE}, image entry {number}")
+            split.problems.append(("image without id or file_name", f"image entry {number}"))
         elif os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or inside[1:2] == ":" or "\0" in inside:
-            split.problems["file name that points outside its folder"].append(
-                f"{ANNOTATION_FILE}, image id {key}, {name!r}")
+            split.problems.append(("file name that points outside its folder", f"image id {key}, {name!r}"))
         elif key in by_id:
-            split.problems["image id that is used twice"].append(
-                f"{ANNOTATION_FILE}, image id {key}, {by_id[key].file_name} and {name}")
+            names = f"{by_id[key].file_name} and {name}"
+            split.problems.append(("image id that is used twice", f"image id {key}, {names}"))
         else:
             entry = by_id[key] = ImageEntry(number, os.path.join(split.folder, inside), name, 0, 0)
             if all(type(side) in (int, float) and 1 <= side <= LARGEST_SIDE and side % 1 == 0 for side in size):
@@ -558,17 +552,18 @@ def read_images(split: Split, images: list[dict]) -> dict[str, ImageEntry]:
     return by_id
 
 
-def find_files(split: Split) -> None:
+def locate_files(split: Split) -> None:
     """Give entries whose file is missing the one file that can only be meant: in another folder, or written otherwise.
 
     Masks and overlays have the names of their images, and what another entry names is taken: neither is meant.
     """
-    files, named = list_images(split), {os.path.normcase(entry.path) for entry in split.entries}
-    free = [path for path in files if os.path.normcase(split.folder / path) not in named]
-    by_name, missing = defaultdict(list), 0
-    for path in free:
+    files, named, missing = list_images(split), {os.path.normcase(entry.path) for entry in split.entries}, 0
+    by_name = defaultdict(list)  # of files that no entry names
+    for path in files:
+        if os.path.normcase(split.folder / path) in named:
+            continue
         if is_mask_file(path):
-            split.remarks["mask file that is not used, because there is a COCO file"].append(str(path))
+            split.remarks.append(("mask file that is not used, because there is a COCO file", str(path)))
         if not {"masks", "overlays"} & {*map(str.lower, path.parts[:-1])}:
             by_name[plain_path(path.name)].append(path)
     for entry in split.entries:
@@ -582,16 +577,16 @@ def find_files(split: Split) -> None:
         if len(meant) == 1:
             entry.path = str(split.folder / meant[0])
             if meant[0].name != re.split(r"[/\\]", entry.file_name)[-1]:
-                entry.remarks["file name that the JSON writes otherwise"].append(f"{meant[0]} on the disk")
+                entry.remarks.append(("file name that the JSON writes otherwise", f"{meant[0]} on the disk"))
         else:
-            entry.problems["the file is missing"].append("")
+            entry.problems.append(("the file is missing", ""))
             missing += 1
     if missing == len(split.entries) > 1:
-        split.problems[f"all {missing} image files are missing; they belong beside {ANNOTATION_FILE}"].append("")
+        split.problems.append(("all image files are missing; they belong beside the JSON", f"{missing} images"))
     uses = Counter(os.path.normcase(entry.path) for entry in split.entries)
     for entry in split.entries:
         if uses[os.path.normcase(entry.path)] > 1:
-            entry.problems["file that is listed as two images"].append("")
+            entry.problems.append(("file that is listed as two images", ""))
     split.unlisted = len({os.path.normcase(split.folder / path) for path in files} - uses.keys())
 
 
@@ -606,17 +601,17 @@ def read_annotations(split: Split, coco: dict, names: dict[str, str], by_id: dic
 
     names: of the categories, by id; unknown ones are added to those of the split. strict: they are a problem.
     """
-    listed_ids = {id_text(image.get("id")) for image in coco["images"]}
-    drawn, undrawable = [], defaultdict(list)
+    listed_ids = {id_text(image.get("id")) for image in coco["images"]}  # also of images that have no entry
+    outlines, undrawable = [], defaultdict(list)
     for annotation in coco["annotations"]:
         label, image_id = f"annotation id {annotation.get('id')}", id_text(annotation.get("image_id"))
         category_id = id_text(annotation.get("category_id"))
         if image_id not in listed_ids:
-            split.problems["annotation of an image id that the file does not list"].append(
-                f"{ANNOTATION_FILE}, {label}, image id {annotation.get('image_id')}")
+            split.problems.append(("annotation of an image id that the file does not list",
+                                   f"{label}, image id {annotation.get('image_id')}"))
         if strict and category_id not in names:
-            split.problems["annotation with a category id that the file does not list"].append(
-                f"{ANNOTATION_FILE}, {label}, category id {annotation.get('category_id')}")
+            split.problems.append(("annotation with a category id that the file does not list",
+                                   f"{label}, category id {annotation.get('category_id')}"))
         if (entry := by_id.get(image_id)) is None:
             continue
         category = names.get(category_id, f"unknown id {category_id}")
@@ -624,35 +619,33 @@ def read_annotations(split: Split, coco: dict, names: dict[str, str], by_id: dic
         if not split.categories.setdefault(category, not strict) or not entry.height:
             continue
         try:
-            outline = parse_segmentation(annotation.get("segmentation"))
-            rle, remarks = rasterize(outline, entry.height, entry.width)
+            rle, corners, remarks = rasterize(annotation.get("segmentation"), entry.height, entry.width)
         except (ValueError, TypeError, OverflowError) as error:
             kind, *details = map(str, error.args)
             undrawable[kind].append((entry, ", ".join([label, *details])))
             continue
-        for remark in remarks:
-            entry.remarks[remark].append(label)
-        drawn.append((entry, label, outline_corners(outline, rle), box_corners(annotation.get("bbox"))))
-        pixels = int(coco_mask.area(rle)) if rle is not None else 0
-        if rle is not None and pixels < FEW_PIXELS:
-            entry.remarks[f"mask with fewer than {FEW_PIXELS} pixels"].append(f"{label}, {pixels} pixels")
+        outlines.append((entry, label, corners, box_corners(annotation.get("bbox"))))
+        entry.remarks += [(remark, label) for remark in remarks]
+        if rle is None:
+            continue
+        pixels = int(coco_mask.area(rle))
+        if pixels < FEW_PIXELS:
+            entry.remarks.append((f"mask with fewer than {FEW_PIXELS} pixels", f"{label}, {pixels} pixels"))
         if pixels:
             entry.tumours += 1
             entry.boxes += pixels == round(float(np.prod(coco_mask.toBbox(rle)[2:])))
             entry.rle = coco_mask.merge([entry.rle, rle]) if entry.rle else rle
     for kind, found in undrawable.items():
-        split.note(found, kind, len(drawn) + sum(map(len, undrawable.values())), "problems")
-    if drawn:
-        check_outlines(split, *zip(*drawn))
+        split.note(found, kind, len(outlines) + sum(map(len, undrawable.values())), "problems")
+    if outlines:
+        check_outlines(split, outlines)
 
 
-def parse_segmentation(segmentation) -> list[np.ndarray] | dict:
-    """The polygons of a COCO segmentation as float64 [N, 2] arrays of x, y in pixels; an RLE dict is returned as it is.
+def parse_polygons(segmentation) -> list[np.ndarray]:
+    """The polygons of a COCO segmentation as float64 [N, 2] arrays of x, y in pixels.
 
     One flat list of numbers, or one list of [x, y] pairs, is read as a single polygon. Raises ValueError for the rest.
     """
-    if isinstance(segmentation, dict):
-        return segmentation
     if not isinstance(segmentation, list) or not segmentation:
         found = f" but {segmentation!r:.20}" if segmentation else ""
         raise ValueError(f"annotation without polygons or RLE{found}, only a box perhaps: export the data as 'COCO "
@@ -669,57 +662,56 @@ def parse_segmentation(segmentation) -> list[np.ndarray] | dict:
         try:
             xy = np.array(polygon, np.float64)
             xy = xy.reshape(-1, 2) if xy.ndim < 2 else xy.reshape(len(xy), 2)
-        except OverflowError:
-            raise ValueError("a polygon has coordinates that are too large") from None
-        except (ValueError, TypeError):
-            raise ValueError("a polygon is not a list of x, y pairs") from None
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError("a polygon is not a list of x, y pairs, or has numbers that are too large") from None
         if not np.isfinite(xy).all():
             raise ValueError("a polygon has coordinates that are not finite")
         polygons.append(xy)
     return polygons
 
 
-def rasterize(outline: list[np.ndarray] | dict, height: int, width: int) -> tuple[dict | None, list[str]]:
-    """Rasterise what parse_segmentation() returns with pycocotools.
+def compress_rle(rle: dict, height: int, width: int) -> dict:
+    """The compressed form of an RLE of a COCO file. Raises ValueError if it is not one of height times width pixels."""
+    counts = rle.get("counts")
+    if rle.get("size") != [height, width]:
+        raise ValueError("its RLE has another size than its image", f"size {rle.get('size')}, image {[height, width]}")
+    if isinstance(counts, str):
+        # pycocotools reads beyond a text whose last letter does not end a number. What it makes of a text that is too
+        # short or too long is not what the text says: encoded again, it differs.
+        if re.fullmatch("([P-o]{0,5}[0-O])+", counts):
+            compressed = {"size": [height, width], "counts": counts.encode()}
+            if coco_mask.encode(np.asfortranarray(coco_mask.decode(compressed))) == compressed:
+                return compressed
+    elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts) and sum(counts) == height * width:
+        mask = np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(width, height).T
+        return coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    raise ValueError("the counts of its RLE do not describe height times width pixels")
 
-    Returns (compressed RLE of the union, or None if no polygon is left; remarks). Raises ValueError for a wrong RLE.
+
+def rasterize(segmentation, height: int, width: int) -> tuple[dict | None, np.ndarray, list[str]]:
+    """Rasterise a COCO segmentation (polygons or RLE) with pycocotools.
+
+    Returns (compressed RLE of the union, or None if no polygon is left; its corners, see box_corners(), before it is
+    clipped; remarks). Raises ValueError (kind, details) for what cannot be drawn.
     """
-    if isinstance(outline, dict):
-        counts = outline.get("counts")
-        if outline.get("size") != [height, width]:
-            raise ValueError("its RLE has another size than its image",
-                             f"size {outline.get('size')}, image {[height, width]}")
-        if isinstance(counts, str):
-            # pycocotools reads beyond a text whose last letter does not end a number. What it makes of a text that is
-            # too short or too long is not what the text says: encoded again, it differs.
-            if re.fullmatch("([P-o]{0,5}[0-O])+", counts):
-                rle = {"size": [height, width], "counts": counts.encode()}
-                if coco_mask.encode(np.asfortranarray(coco_mask.decode(rle))) == rle:
-                    return rle, []
-        elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts) and (
-                sum(counts) == height * width):
-            mask = np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(width, height).T
-            return coco_mask.encode(np.asfortranarray(mask, np.uint8)), []
-        raise ValueError("the counts of its RLE do not describe height times width pixels")
+    if isinstance(segmentation, dict):
+        rle = compress_rle(segmentation, height, width)
+        return rle, box_corners(coco_mask.toBbox(rle).tolist()), []
     polygons, remarks = [], []
-    for xy in outline:
+    for xy in parse_polygons(segmentation):
         if len(xy) < 3:
             remarks.append("polygon with fewer than three points (ignored)")
             continue
         if (xy < -0.5).any() or (xy > (width + 0.5, height + 0.5)).any():
             remarks.append("polygon outside the image (clipped)")
-        # pycocotools clips by itself, but its memory grows with the distance: keep that bounded.
-        far = 4 * max(height, width)
-        polygons.append(np.clip(xy, -far, 2 * far).ravel().tolist())
-    return (coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None), remarks
-
-
-def outline_corners(outline: list[np.ndarray] | dict, rle: dict | None) -> np.ndarray:
-    """(left, top, right, bottom) of polygons before they are clipped, or of an RLE, in pixels; NaN if there is none."""
-    if isinstance(outline, dict):
-        return box_corners(coco_mask.toBbox(rle).tolist())
-    xy = np.concatenate([xy for xy in outline if len(xy) > 2] or [np.full((1, 2), np.nan)])
-    return np.concatenate([xy.min(axis=0), xy.max(axis=0)])
+        polygons.append(xy)
+    if not polygons:
+        return None, box_corners(None), remarks
+    # pycocotools clips by itself, but its memory grows with the distance: keep that bounded.
+    far, points = 4 * max(height, width), np.concatenate(polygons)
+    flat = [np.clip(xy, -far, 2 * far).ravel().tolist() for xy in polygons]
+    corners = np.concatenate([points.min(axis=0), points.max(axis=0)])
+    return coco_mask.merge(coco_mask.frPyObjects(flat, height, width)), corners, remarks
 
 
 def box_corners(bbox) -> np.ndarray:
@@ -732,43 +724,40 @@ def box_corners(bbox) -> np.ndarray:
     return box if box.any() and np.isfinite(box).all() else np.full(4, np.nan)
 
 
-def check_outlines(split: Split, entries: tuple[ImageEntry], labels: tuple[str], outlines: tuple, boxes: tuple) -> None:
+def check_outlines(split: Split, found: list[tuple[ImageEntry, str, np.ndarray, np.ndarray]]) -> None:
     """Note where the outlines of a split, their bounding boxes and their images disagree.
 
-    entries and labels: of each outline. outlines and boxes: their corners, see box_corners().
+    found: of each outline its image, its name for messages, its corners and those of its box, see box_corners().
     """
+    def shown(corners):
+        return "x {:.0f} to {:.0f}, y {:.0f} to {:.0f}".format(*corners[[0, 2, 1, 3]]).replace("nan", "?")
+
+    entries, labels, outlines, boxes = zip(*found)
     outlines, boxes = np.array(outlines), np.array(boxes)
-    sizes = np.array([(entry.width, entry.height) for entry in entries], np.float64)
-    known, limits = ~np.isnan(outlines[:, 0]), np.tile(sizes, 2)
+    known, limits = ~np.isnan(outlines[:, 0]), np.array([2 * (entry.width, entry.height) for entry in entries], float)
     beyond = np.maximum(-outlines, outlines - limits) > np.maximum(2, 0.05 * limits)
     # In two public data sets edges differ by 0.5 px at most; swapped, mirrored or scaled coordinates by more than this.
     drawn, boxed = np.clip(outlines, 0, limits), np.clip(boxes, 0, limits)
     differs = np.abs(drawn - boxed) > np.maximum(2, 0.05 * np.tile(boxed[:, 2:] - boxed[:, :2], 2))
-    if known.any() and outlines[known].max() <= 1:
-        split.problems["all coordinates are at most 1: they are fractions of the image, not pixels"].append(
-            ANNOTATION_FILE)
-    elif known.sum() >= 3 and outlines[known].max() <= 100 and sizes[known].min() > 150:
-        split.problems["all coordinates are at most 100 in larger images: they are percent, not pixels"].append(
-            ANNOTATION_FILE)
+    largest = outlines[known].max(initial=0)
+    if known.any() and largest <= 1:
+        split.problems.append(("coordinates that are fractions of the image, not pixels", "all are at most 1"))
+    elif known.sum() >= 3 and largest <= 100 and limits[known].min() > 150:
+        split.problems.append(("coordinates that are percent, not pixels", "all are at most 100 in larger images"))
     for wrong, compared, kind, causes in (
             (beyond, known, "far outside its image", "the images were resized, but not the outlines; x and y, or width "
              "and height, are swapped"),
             (differs, known & ~np.isnan(boxes[:, 0]), "that contradicts its bounding box", "x and y are swapped; the "
              "images were resized, but not the outlines; percent instead of pixels; triples instead of pairs. If the "
              "boxes are wrong and the outlines right, remove \"bbox\" from the annotations")):
-        found = [(entries[i], f"{labels[i]}, {corners_text(outlines[i])}; its box {corners_text(boxes[i])}")
-                 for i in np.flatnonzero(wrong.any(axis=1))]
-        split.note(found, f"outline {kind}", int(compared.sum()), "remarks", f". Likely causes: {causes}")
-
-
-def corners_text(corners: np.ndarray) -> str:
-    """Corners (left, top, right, bottom) for a message."""
-    return "x {:.0f} to {:.0f}, y {:.0f} to {:.0f}".format(*corners[[0, 2, 1, 3]]).replace("nan", "?")
+        details = [(entries[i], f"{labels[i]}, {shown(outlines[i])}; its box {shown(boxes[i])}")
+                   for i in np.flatnonzero(wrong.any(axis=1))]
+        split.note(details, f"outline {kind}", int(compared.sum()), "remarks", f". Likely causes: {causes}")
 
 
 # ===== Mask files =====================================================================================================
 
-MASK_FILE = "mask file"  # what takes the place of a category's name
+MASK_FILE = "mask file"  # instead of a category's name, in splits without COCO file
 LARGEST_LABEL = 20  # mask files with whole numbers up to this, 0 among them, are label maps
 
 
@@ -782,26 +771,23 @@ def find_pairs(folder: Path) -> Split | None:
         folders = [name for name in map(str.lower, path.parts[:-1]) if name not in ("images", "masks")]
         return "/".join([*folders, MASK_END.sub("", path.stem).lower()])
 
-    split, masks, images = Split(folder, [], {MASK_FILE: True}), defaultdict(list), []
-    for path in list_images(split):
-        if is_mask_file(path):
-            masks[key(path)].append(path)
-        else:
-            images.append(path)
-    if not masks and not split.problems:
+    split, together = Split(folder, [], {MASK_FILE: True}), defaultdict(lambda: ([], []))  # images, masks
+    files = list_images(split)
+    for path in files:
+        together[key(path)][is_mask_file(path)].append(path)
+    if not any(masks for _, masks in together.values()) and not split.problems:
         return None
-    uses = Counter(map(key, images))
     how = " (the mask of X is X_mask beside it, or X in masks/; rename or remove the file)"
-    for name, (mask, *others) in masks.items():
-        if others:
-            split.problems[f"two masks for one image{how}"].append(f"{mask} and {others[0]}")
-        if uses[name] != 1:
-            split.problems[f"mask {'for more than one' if uses[name] else 'without'} image{how}"].append(str(mask))
-    for number, path in enumerate(images):
-        mask = masks.get(key(path))
+    for images, masks in together.values():
+        if len(masks) > 1:
+            split.problems.append((f"two masks for one image{how}", f"{masks[0]} and {masks[1]}"))
+        if masks and len(images) != 1:
+            split.problems.append((f"mask {'for more than one' if images else 'without'} image{how}", str(masks[0])))
+    for number, path in enumerate(path for path in files if not is_mask_file(path)):
+        _, masks = together[key(path)]
         split.entries.append(ImageEntry(number, str(folder / path), path.as_posix(), 0, 0,
-                                        mask_path=str(folder / mask[0]) if mask else "",
-                                        annotations=Counter({MASK_FILE: 1} if mask else {})))
+                                        mask_path=str(folder / masks[0]) if masks else "",
+                                        annotations=Counter({MASK_FILE: 1} if masks else {})))
     return split
 
 
@@ -854,16 +840,16 @@ def draw_mask_files(splits: Iterable[Split]) -> None:
     """Give the entries of find_pairs() their size and mask. Raises TrainerError where colours or grey levels could mean
     anything. A mask file that cannot be read is noted in its entry.
     """
-    def count(entry):  # (levels, how many pixels have each, colours); sets the entry's size
+    def count(entry):  # (entry, its grey levels, how many pixels have each, its colours); sets the entry's size
         try:
             picture, colours = read_mask_file(entry.mask_path)
         except TrainerError as error:
-            entry.problems["its mask: " + str(error).removeprefix(f"{entry.mask_path}: ")].append("")
+            entry.problems.append(("its mask: " + str(error).removeprefix(f"{entry.mask_path}: "), ""))
             return None
         entry.height, entry.width = picture.shape
         pixels = np.bincount(picture.ravel())
         levels = np.flatnonzero(pixels)
-        return levels, pixels[levels], colours
+        return entry, levels, pixels[levels], colours
 
     def draw(entry):
         mask = (read_mask_file(entry.mask_path)[0] >= least).astype(np.uint8)
@@ -873,30 +859,20 @@ def draw_mask_files(splits: Iterable[Split]) -> None:
 
     splits = [split for split in splits if MASK_FILE in split.categories]
     entries = [entry for split in splits for entry in split.entries if entry.mask_path and not entry.problems]
-    found = in_threads(count, entries, "Reading masks")
-    entries = [entry for entry in entries if not entry.problems]
-    found = [counts for counts in found if counts]
-    colours = merge_colours(sum((more for *_, more in found), Counter()))
-    if len(colours) > 1:
-        main = Counter({max(colours, key=colours.get): sum(colours.values())})
-        odd = [entry.mask_path for entry, (*_, mine) in zip(entries, found) if len(merge_colours(main + mine)) > 1]
-        shown = ", ".join(f"#{name:06x} ({plural(count, 'pixel')})" for name, count in colours.most_common(5))
-        raise TrainerError(f"mask files with more than one colour, which may mean more than tumour: {shown}. Save the "
-                           f"tumour in one colour on black, or each class as a file of its own:{bullet_list(odd)}")
-    pixels = np.zeros(max((int(levels[-1]) + 1 for levels, *_ in found), default=0), np.int64)
-    for levels, counts, _ in found:
-        pixels[levels] += counts
-    if not pixels.any():
+    files = [*filter(None, in_threads(count, entries, "Reading masks"))]
+    if not files:
         return
+    refuse_colours({entry.mask_path: colours for entry, _, _, colours in files})
+    pixels = np.zeros(max(int(levels[-1]) for _, levels, _, _ in files) + 1, np.int64)
+    for _, levels, counts, _ in files:
+        pixels[levels] += counts
     least, between = tumour_levels(pixels)
-    odd = []
-    for entry, (levels, counts, _) in zip(entries, found):
+    odd, shown = [], ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1]))
+    for entry, levels, counts, _ in files:
         strays, tumour = (int(counts[where].sum()) for where in (np.isin(levels, between), levels >= least))
-        if strays > (max(0.2 * tumour, 0.02 * counts.sum()) if least else 0):
+        few = max(0.2 * tumour, 0.02 * counts.sum()) if least else 0
+        if strays > few or len(levels) > 1 and not tumour:  # or all its levels are dark in the other files
             odd.append((-strays, entry.mask_path))
-        elif len(levels) > 1 and not tumour:  # all its levels are dark in the other files
-            odd.append((0, entry.mask_path))
-    shown = ", ".join(map(str, np.flatnonzero(pixels)[:LARGEST_LABEL + 1]))
     if odd:
         raise TrainerError(f"{plural(len(odd), 'mask file')} with grey levels that could mean anything (all levels: "
                            f"{shown}):{bullet_list([path for _, path in sorted(odd)])}\nMasks have two levels, of "
@@ -904,9 +880,21 @@ def draw_mask_files(splits: Iterable[Split]) -> None:
                            f"{LARGEST_LABEL}, of which all above 0 are tumour; all files alike. Convert these files to "
                            "0 and 255 (resize masks with nearest neighbour only), or remove them.")
     if np.count_nonzero(pixels) > 2:
-        splits[0].remarks[f"mask files with more than two grey levels: tumour is {least} and above"].append(
-            f"levels {shown}")
-    in_threads(draw, entries, "Reading masks")
+        splits[0].remarks.append((f"mask files with more than two grey levels: tumour is {least} and above",
+                                  f"levels {shown}"))
+    in_threads(draw, [entry for entry, *_ in files], "Reading masks")
+
+
+def refuse_colours(colours: dict[str, Counter]) -> None:
+    """Raise TrainerError if mask files (by path: their colours) have more than one colour, within one or together."""
+    together = merge_colours(sum(colours.values(), Counter()))
+    if len(together) < 2:
+        return
+    main = Counter({max(together, key=together.get): together.total()})
+    odd = [path for path, mine in colours.items() if len(merge_colours(main + mine)) > 1]
+    shown = ", ".join(f"#{name:06x} ({plural(count, 'pixel')})" for name, count in together.most_common(5))
+    raise TrainerError(f"mask files with more than one colour, which may mean more than tumour: {shown}. Save the "
+                       f"tumour in one colour on black, or each class as a file of its own:{bullet_list(odd)}")
 
 
 def tumour_levels(pixels: np.ndarray) -> tuple[int, np.ndarray]:
@@ -960,22 +948,18 @@ class PixelCache:
         return np.memmap(self.path, np.uint8, mode, slot * math.prod(shape), shape)
 
 
-def cache_path(run_folder: Path) -> Path:
-    """The cache file of a run."""
+def remove_cache(run_folder: Path) -> Path:
+    """Delete the cache of a run, if there is one; if the system refuses, the next run does it. Returns its path."""
     name = hashlib.sha256(str(run_folder.resolve()).encode(errors="replace")).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"brain_tumor_cache_{name}.bin"
-
-
-def remove_cache(run_folder: Path) -> None:
-    """Delete the cache of a run; if the system refuses, the next run does it."""
+    path = Path(tempfile.gettempdir()) / f"brain_tumor_cache_{name}.bin"
     with contextlib.suppress(OSError):
-        cache_path(run_folder).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    return path
 
 
 def open_cache(cfg: Settings, run_folder: Path, count: int) -> PixelCache | None:
     """A cache for count images, or None, with a message, when it is switched off, too large or the disk is full."""
-    path, size = cache_path(run_folder), count * cfg.IMG_SIZE**2 * 4
-    remove_cache(run_folder)  # of a killed run
+    path, size = remove_cache(run_folder), count * cfg.IMG_SIZE**2 * 4  # what a killed run has left
     try:
         if size <= 1e9 * cfg.CACHE_GB and size < 0.9 * shutil.disk_usage(path.parent).free:
             with open(path, "xb") as file:
@@ -999,7 +983,7 @@ def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     try:
         image, mask, full = load_sample(entry, cfg.IMG_SIZE, cfg.GREY_PERCENTILES)
     except TrainerError as error:
-        entry.problems[str(error).removeprefix(f"{entry.path}: ")].append("")
+        entry.problems.append((str(error).removeprefix(f"{entry.path}: "), ""))
         return
     if cache is not None:
         cache.pixels(entry.cache_slot, "r+")[:] = np.dstack([image, mask])
@@ -1008,11 +992,11 @@ def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
     entry.digest = hashlib.sha256(repr(full.shape).encode() + full.data).hexdigest()
     entry.mask_digest, entry.tumour_fraction = hashlib.sha256(truth.data).hexdigest(), float(truth.mean())
     if truth.any() and not mask.any():
-        entry.remarks[f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}"].append("")
+        entry.remarks.append((f"tumour that disappears at IMG_SIZE {cfg.IMG_SIZE}", ""))
     if entry.mask_path and entry.tumour_fraction > 0.5:
-        entry.remarks["tumour on more than half of the image: is the mask inverted?"].append("")
+        entry.remarks.append(("tumour on more than half of the image: is the mask inverted?", ""))
     if cv2.meanStdDev(grey)[1] < LOW_CONTRAST:
-        entry.remarks["picture with almost no contrast"].append("")
+        entry.remarks.append(("picture with almost no contrast", ""))
     small = resize(grey, 32, 32).astype(np.float64).ravel()  # exact enough to be the same on every machine
     small -= small.mean()
     entry.thumbnail = (small / max(float(np.linalg.norm(small)), 1e-6)).astype(np.float32)
@@ -1020,32 +1004,17 @@ def scan(entry: ImageEntry, cfg: Settings, cache: PixelCache | None) -> None:
 
 def check_sizes(split: Split) -> None:
     """Note where the size of an image file is not that of the JSON."""
-    other = [(entry, f"{entry.width}x{entry.height} pixels in the JSON, {entry.file_size[1]}x{entry.file_size[0]} in "
-              "the file") for entry in split.entries if entry.file_size not in ((), (entry.height, entry.width))]
-    swapped = [found for found in other if found[0].file_size == (found[0].width, found[0].height)]
+    swapped = []
+    for entry in split.entries:
+        size = entry.height, entry.width
+        if entry.file_size in ((), size):
+            continue
+        detail = "{1}x{0} pixels in the JSON, {3}x{2} in the file".format(*size, *entry.file_size)
+        if entry.file_size == size[::-1]:
+            swapped.append((entry, detail))
+        else:
+            entry.remarks.append(("file whose size differs from the JSON's (the mask is stretched with it)", detail))
     split.note(swapped, "width and height are swapped in the JSON", len(split.entries), "problems")
-    for entry, detail in other:
-        if (entry, detail) not in swapped:
-            entry.remarks["file whose size differs from the JSON's (the mask is stretched with it)"].append(detail)
-
-
-def find_splits(data_dir: Path) -> dict[str, Path]:
-    """The folders of the splits in a data folder, by name of the split; case does not matter.
-
-    A data folder without any for train that holds images itself is train. Raises TrainerError if another folder in it
-    could be a split.
-    """
-    there = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.is_dir()}
-    found = {split: next(there[name] for name in names if name in there)
-             for split, names in SPLIT_NAMES.items() if {*names} & {*there}}
-    files = [] if "train" in found else list_files(data_dir, KNOWN_SPLITS)
-    if not any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
-        return found
-    if like := [str(path) for name, path in there.items() if LIKE_A_SPLIT.fullmatch(name) and name not in KNOWN_SPLITS
-                and not RESULTS.fullmatch(name)]:
-        raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {like[0]}; splits are "
-                           f"named {', '.join(KNOWN_SPLITS)}. Rename or move it")
-    return {"train": data_dir} | found
 
 
 def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
@@ -1069,31 +1038,30 @@ def natural_key(file_name: str) -> tuple:
                  for text in [*folders, name])
 
 
+def has_tumour(entries: list[ImageEntry]) -> bool:
+    """Whether any of these images has a tumour, see scan()."""
+    return any(entry.tumour_fraction for entry in entries)
+
+
 def group_images(entries: list[ImageEntry], parts: int) -> list[list[ImageEntry]]:
     """Groups of images that belong into one part: those of a patient; if patients are not known, about BLOCKS blocks of
     neighbours by file name, of near-equal size. One block that has all tumours is cut in two.
     """
-    groups = defaultdict(list)
-    if entries and entries[0].patient:
-        for entry in entries:
-            groups[entry.patient].append(entry)
-        return list(groups.values())
-    versions = defaultdict(list)
+    together, groups = defaultdict(list), defaultdict(list)
     for entry in entries:
-        versions[natural_key(entry.file_name)].append(entry)
-    blocks, before = parts * math.ceil(BLOCKS / parts), 0
-    for key in sorted(versions):
-        groups[before * blocks // len(entries)].append(versions[key])
-        before += len(versions[key])
-    groups = list(groups.values())
-    with_tumour = [group for group in groups if any(entry.tumour_fraction for images in group for entry in images)]
-    if len(with_tumour) == 1:
-        group, = with_tumour
-        places = [i for i, images in enumerate(group) if any(entry.tumour_fraction for entry in images)]
-        middle = places[len(places) // 2]
-        halves = [half for half in (group[:middle], group[middle:]) if half]
-        groups = [other for other in groups if other is not group] + halves
-    return [sum(group, []) for group in groups]
+        together[entry.patient or natural_key(entry.file_name)].append(entry)
+    if entries and entries[0].patient:
+        return list(together.values())
+    versions = [together[key] for key in sorted(together)]  # of one image each
+    count, before = parts * math.ceil(BLOCKS / parts), itertools.accumulate(map(len, versions), initial=0)
+    blocks = [images * count // len(entries) for _, images in zip(versions, before)]
+    tumours = [i for i, images in enumerate(versions) if has_tumour(images)]
+    if len({blocks[i] for i in tumours}) == 1:
+        middle = tumours[len(tumours) // 2]
+        blocks = [count + (i >= middle) if block == blocks[middle] else block for i, block in enumerate(blocks)]
+    for block, images in zip(blocks, versions):
+        groups[block] += images
+    return [groups[block] for block in sorted(groups)]
 
 
 def deal(groups: list[list[ImageEntry]], parts: int, seed: int) -> list[list[ImageEntry]]:
@@ -1101,23 +1069,20 @@ def deal(groups: list[list[ImageEntry]], parts: int, seed: int) -> list[list[Ima
 
     Groups that are larger than a part should be go into the last parts.
     """
-    dealt, has_tumour = [[] for _ in range(parts)], [False] * parts
-    largest = max(sum(map(len, groups)) / parts, min(map(len, groups)))
-
-    def order(i):  # giants first, then groups with a tumour
-        return len(groups[i]) <= largest, not any(entry.tumour_fraction for entry in groups[i])
-
-    for i in sorted(np.random.default_rng(seed).permutation(len(groups)).tolist(), key=order):
-        giant, tumour = len(groups[i]) > largest, not order(i)[1]
+    dealt = [[] for _ in range(parts)]
+    largest = max(sum(map(len, groups)) / parts, min(map(len, groups), default=0))
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    # Giants first, then groups with a tumour.
+    for group in sorted(shuffled, key=lambda group: (len(group) <= largest, not has_tumour(group))):
+        giant, tumour = len(group) > largest, has_tumour(group)
         # The smallest part; for a tumour, of those that have none yet.
-        place = min(range(parts), key=lambda k: (tumour and has_tumour[k], len(dealt[k]), -k if giant else k))
-        dealt[place] += groups[i]
-        has_tumour[place] |= tumour
+        place = min(range(parts), key=lambda k: (tumour and has_tumour(dealt[k]), len(dealt[k]), -k if giant else k))
+        dealt[place] += group
     return dealt
 
 
-def choose_held_out(entries: list[ImageEntry], cfg: Settings, names: list[str]) -> dict[str, list[ImageEntry]]:
-    """The images of train that are held out for the splits names: first for test, then, of the others, for valid.
+def choose_held_out(entries: list[ImageEntry], cfg: Settings, names: list[str]) -> dict[str, list[str]]:
+    """The images of train to hold out for the splits names (file names by split): for test, then of the rest for valid.
 
     Raises TrainerError if there are fewer patients, or original images, than parts are needed.
     """
@@ -1127,78 +1092,73 @@ def choose_held_out(entries: list[ImageEntry], cfg: Settings, names: list[str]) 
             continue
         parts, count = max(2, round(1 / getattr(cfg, setting))), len(entries)
         groups = group_images(entries, parts)
-        part = {id(entry) for entry in deal(groups, parts, cfg.SEED)[fold]} if groups else set()
+        part = deal(groups, parts, cfg.SEED)[fold]
         if not part or len(groups) < 2:
             raise TrainerError(f"there is no {name} folder, and nothing can be held out of train for it: "
                                f"{len(groups)} patients, or blocks of neighbours, are too few")
-        held_out[name] = [entry for entry in entries if id(entry) in part]
-        entries = [entry for entry in entries if id(entry) not in part]
-        kept = (f"whole patients, {sum(id(group[0]) in part for group in groups)} of {len(groups)}"
-                if groups[0][0].patient else "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
+        held_out[name] = [entry.file_name for entry in part]
+        taken = {*held_out[name]}
+        entries = [entry for entry in entries if entry.file_name not in taken]
+        kept = (f"whole patients, {len({entry.patient for entry in part})} of {len(groups)}"
+                if part[0].patient else "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
         log(f"There is no {name} folder: {len(part)} of {count} images of train are held out for it ({setting}"
             + f", FOLD {fold} of {parts}" * bool(fold) + f"): {kept}.")
     return held_out
 
 
-def hold_out(splits: dict[str, Split], held_out: dict[str, list[ImageEntry]]) -> dict[str, Split]:
-    """Move images of train into splits of their own, by name."""
-    train, moved = splits["train"], {id(entry) for entries in held_out.values() for entry in entries}
-    train.entries = [entry for entry in train.entries if id(entry) not in moved]
-    parts = {name: Split(train.folder, entries, train.categories, is_sample=train.is_sample, held_out=True)
-             for name, entries in held_out.items()}
-    return {name: (splits | parts)[name] for name in SPLIT_NAMES if name in splits | parts}
-
-
-def held_out_before(train: Split, names: dict[str, list[str]]) -> dict[str, list[ImageEntry]]:
-    """The images that a run has held out of train, by split and file name. Says which are not there."""
-    by_name = {entry.file_name: entry for entry in train.entries}
-    wanted = [name for part in names.values() for name in part]
-    if missing := [name for name in wanted if name not in by_name]:
-        log(f"{len(missing)} of the {len(wanted)} images that the run held out of train are not there:"
+def hold_out(splits: dict[str, Split], held_out: dict[str, list[str]]) -> dict[str, Split]:
+    """Move images of train (file names by split) into splits of their own. Says which are not there."""
+    train, parts = splits["train"], defaultdict(list)
+    part_of = {file_name: name for name, part in held_out.items() for file_name in part}
+    for entry in train.entries:
+        parts[part_of.get(entry.file_name, "train")].append(entry)
+    if missing := sorted(part_of.keys() - {entry.file_name for entry in train.entries}):
+        log(f"{len(missing)} of the {len(part_of)} images that the run held out of train are not there:"
             f"{bullet_list(missing, 5)}")
-    found = {split: [by_name[name] for name in part if name in by_name] for split, part in names.items()}
-    return {split: entries for split, entries in found.items() if entries}
+    train.entries = parts.pop("train", [])
+    splits = splits | {name: Split(train.folder, part, train.categories, is_sample=train.is_sample, held_out=True)
+                       for name, part in parts.items()}
+    return {name: splits[name] for name in SPLIT_NAMES if name in splits}
 
 
 def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None,
-                 held_out: dict[str, list[str]] | None = None, training: bool = True) -> tuple[dict, PixelCache | None]:
+                 held_out: dict[str, list[str]] | None = None) -> tuple[dict[str, Split], PixelCache | None]:
     """Read, check and cache the splits, print the audit, and stop at bad data.
 
     names: of the splits. Without a folder for valid, VALID_SHARE of train takes its place; for test, TEST_SHARE, or
     there is none. run_folder: locked by this run; None: no cache.
-    training=False, for a model that is there: whatever is there of these splits, and of the images that its run has
-    held out of train (held_out: file names by split), without demand for tumours. A data folder that holds images
-    itself, none of which was held out, is test as a whole.
+    held_out, for a model that is there: which images of train its run has held out (file names by split). Then whatever
+    is there of these images and splits is prepared, without demand for tumours; a data folder that holds images itself,
+    none of which was held out, is test as a whole.
     Returns (splits by name, cache or None). The caller removes the cache. Raises TrainerError.
     """
-    data_dir = Path(cfg.DATA_DIR)
-    folder = find_splits(data_dir)
-    shares = {"valid": cfg.VALID_SHARE, "test": cfg.TEST_SHARE} if training else held_out or {}
-    of_train = [name for name in shares if shares[name] and name in names and name not in folder]
-    is_single = folder.get("train") == data_dir
-    if training and is_single:
+    data_dir, training = Path(cfg.DATA_DIR), held_out is None
+    folders = find_splits(data_dir)
+    is_whole = not training and folders == {"train": data_dir}
+    if training and folders.get("train") == data_dir:
         log(f"There is no train/ in {data_dir}: the images in it are the training set.")
-    wanted = [name for name in SPLIT_NAMES if name in names and name not in of_train or name == "train" and (
-        of_train or is_single and len(folder) == 1)]
-    folders = {name: folder.get(name, data_dir / name) for name in wanted
-               if name in folder or training and name != "test"}
-    splits = read_splits(folders, cfg.CATEGORIES, cfg.SKIP_BAD_IMAGES)
-    phantoms = [str(folders[name]) for name, split in splits.items() if split.is_sample]
+    if training:
+        folders = {"train": data_dir / "train"} | folders  # if it is missing, read_splits() says so
+    shares = {"valid": cfg.VALID_SHARE, "test": cfg.TEST_SHARE} if training else held_out
+    of_train = [name for name in shares if shares[name] and name in names and name not in folders]
+    needed = [*names, "train"] if of_train or is_whole else names
+    splits = read_splits({name: folder for name, folder in folders.items() if name in needed}, cfg.CATEGORIES,
+                         cfg.SKIP_BAD_IMAGES)
+    phantoms = [str(split.folder) for split in splits.values() if split.is_sample]
     if 0 < len(phantoms) < len(splits):
         raise TrainerError(f"the sample phantoms are still in {', '.join(phantoms)}, but not in the other folders; put "
                            "your own images there (a test folder may also be removed)")
     if not training and "train" in splits:
-        splits = hold_out(splits, held_out_before(splits["train"], {name: held_out[name] for name in of_train}))
-        if [*splits] == ["train"] and is_single:
+        splits = hold_out(splits, {name: held_out[name] for name in of_train})
+        if is_whole and len(splits) == 1:
             splits = {"test": splits["train"]}
         splits = {name: split for name, split in splits.items() if name in names}
     if not splits:
         raise TrainerError(f"nothing to score: {data_dir} (DATA_DIR or --data-dir) has no folder {' or '.join(names)}, "
                            "and none of the images that the run held out of train")
     find_patients(splits, cfg.PATIENT_PATTERN)
-    if cfg.UNANNOTATED == "skip":
-        for split in splits.values():
-            split.entries = [entry for entry in split.entries if entry.annotated]
+    for split in splits.values():
+        split.entries = [entry for entry in split.entries if entry.annotated or cfg.UNANNOTATED != "skip"]
     entries = [entry for split in splits.values() for entry in split.entries]
     for slot, entry in enumerate(entries):
         entry.cache_slot = slot
@@ -1217,13 +1177,11 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
 
 def refuse_unusable(splits: dict[str, Split], cfg: Settings, training: bool) -> None:
     """Raise TrainerError for problems, and for splits that are of no use. Says which images are left out."""
-    refuse_problems(splits.values(), cfg.SKIP_BAD_IMAGES)
-    if bad := image_problems(splits.values()):
+    if bad := refuse_problems(splits.values(), cfg.SKIP_BAD_IMAGES):
         warn(f"leaving out {plural(sum(len(split.skipped) for split in splits.values()), 'image')} that cannot be used:"
-             f"{bullet_list(grouped(bad, 3))}")
+             f"{bullet_list(bad)}")
     for name, split in splits.items():
-        tumour = any(entry.tumour_fraction for entry in split.entries)
-        if not split.entries or training and name != "test" and not tumour:
+        if not split.entries or training and name != "test" and not has_tumour(split.entries):
             missing = "tumour pixel" if split.entries else "usable image"
             why = "; valid chooses the best epoch and the threshold" * (name == "valid")
             place = f"the part of train that is held out for {name}" if split.held_out else split.folder
@@ -1236,9 +1194,8 @@ def refuse_unusable(splits: dict[str, Split], cfg: Settings, training: bool) -> 
 def print_audit(splits: dict[str, Split], categories: tuple) -> None:
     """Print a table of what the splits hold, and remarks below it. Sets near_duplicate of the images."""
     sentences = [*split_remarks(splits, categories), *find_near_duplicates(splits)]
-    leak, copied = "same picture in two splits, which makes scores too good", "same picture twice"
-    found, first_seen, columns = notes() | {leak: [], copied: []}, {}, []  # these two first
-    counts = {category: counts for split in splits.values() for category, counts in split.categories.items()
+    leaks, copies, others, first_seen, columns = [], [], [], {}, []
+    counts = {category: is_tumour for split in splits.values() for category, is_tumour in split.categories.items()
               if any(entry.annotations[category] for other in splits.values() for entry in other.entries)}
     for name, split in splits.items():
         percent = [100 * entry.tumour_fraction for entry in split.entries if entry.tumour_fraction] or [math.nan]
@@ -1254,25 +1211,26 @@ def print_audit(splits: dict[str, Split], categories: tuple) -> None:
             "median tumour, % of image": f"{np.median(percent):.3f}",
             "largest tumour, % of image": f"{max(percent):.3f}",
             "files that the JSON does not list": split.unlisted})
-        for kind, details in split.remarks.items():
-            found[kind] += [f"{name}/{detail}" for detail in details]
+        others += [(kind, f"{name}/{detail}") for kind, detail in split.remarks]
         for entry in split.entries:
-            label, entry.thumbnail = f"{name}/{entry.file_name}", None  # it is not to be sent to workers
-            for kind, details in entry.remarks.items():
-                found[kind] += [f"{label}, {detail}".removesuffix(", ") for detail in details]
+            entry.thumbnail = None  # it is not to be sent to workers
+            label = f"{name}/{entry.file_name}"
+            others += [(kind, f"{label}, {detail}".removesuffix(", ")) for kind, detail in entry.remarks]
             split_of_first, first = first_seen.setdefault(entry.digest, (name, label))
-            if first != label:
-                found[copied if split_of_first == name else leak].append(f"{label} is {first}")
+            if split_of_first != name:
+                leaks.append(("same picture in two splits, which makes scores too good", f"{label} is {first}"))
+            elif first != label:
+                copies.append(("same picture twice", f"{label} is {first}"))
     log("\n" + "\n".join(row.ljust(41) + "".join(f"{column[row]!s:>9}" for column in columns) for row in columns[0]))
-    count = len(sentences) + sum(map(len, found.values()))
-    log(f"\n{plural(count, 'remark')}, please check:{bullet_list(sentences + grouped(found), 40)}\n" if count else "")
+    remarks = sentences + grouped(leaks + copies + others)
+    log(f"\n{plural(len(remarks), 'remark')}, please check:{bullet_list(remarks, 40)}\n" if remarks else "")
 
 
 def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
     """Remarks about whole splits: shared patients, boxes, images without annotation, several categories. Sentences."""
     remarks, entries = [], [entry for split in splits.values() for entry in split.entries]
-    places = sum((Counter({entry.patient for entry in split.entries if entry.patient}) for split in splits.values()),
-                 Counter())
+    places = Counter(patient for split in splits.values() for patient in {entry.patient for entry in split.entries})
+    del places[""]
     if shared := sorted(patient for patient in places if places[patient] > 1):
         remarks.append(f"{len(shared)} of {len(places)} patients are in more than one split, which makes scores too "
                        f"good (data leakage); move each into one split: {', '.join(shared[:5])}"
@@ -1301,18 +1259,17 @@ def find_near_duplicates(splits: dict[str, Split]) -> list[str]:
         if name == "train" or not train or not split.entries:
             continue
         # Thumbnails have mean 0 and length 1: their products are correlations.
-        others, found = np.stack([entry.thumbnail for entry in train]), []
+        others = np.stack([entry.thumbnail for entry in train])
         for start in progress(range(0, len(split.entries), 256), f"Comparing {name} with train"):  # bounds the memory
             entries = split.entries[start:start + 256]
             correlation = np.stack([entry.thumbnail for entry in entries]) @ others.T
             for entry, closest, best in zip(entries, correlation.argmax(axis=1), correlation.max(axis=1)):
                 if best > NEAR_DUPLICATE_CORRELATION:
                     entry.near_duplicate = train[closest].file_name
-                    found.append((float(best), entry))
-        found.sort(key=lambda pair: -pair[0])
-        if found:
-            remarks.append(f"{NEAR_DUPLICATES.format(len(found), len(split.entries), name)}; the closest: "
-                           + "; ".join(f"{entry.file_name} and {entry.near_duplicate}" for _, entry in found[:3]))
+        pairs = [f"{entry.file_name} and {entry.near_duplicate}" for entry in split.entries if entry.near_duplicate]
+        if pairs:
+            remarks.append(f"{NEAR_DUPLICATES.format(len(pairs), len(split.entries), name)}: {'; '.join(pairs[:3])}"
+                           + ", ..." * (len(pairs) > 3))
     return remarks
 
 
@@ -3372,7 +3329,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
         held_out = metadata.get("held_out", {})
         held_out = held_out if isinstance(held_out, dict) else {"valid": held_out}  # as earlier versions wrote it
-        with locked_data(cfg, names, held_out=held_out, training=False) as (splits, cache):
+        with locked_data(cfg, names, held_out) as (splits, cache):
             use(cfg, checkpoint, splits, cache)
 
 
@@ -3529,7 +3486,7 @@ def ending_together():
 
 
 @contextlib.contextmanager
-def locked_data(cfg: Settings, names: list[str], held_out: dict | None = None, training: bool = True):
+def locked_data(cfg: Settings, names: list[str], held_out: dict | None = None):
     """Lock OUTPUT_DIR for this run, and give what prepare_data() returns to all processes.
 
     Each machine reads its data once, into a cache that belongs to OUTPUT_DIR and is removed at the end of the block.
@@ -3543,7 +3500,7 @@ def locked_data(cfg: Settings, names: list[str], held_out: dict | None = None, t
         with ending_together():
             if local_rank == 0:
                 stack.callback(remove_cache, folder)
-                data = prepare_data(cfg, names, folder, held_out, training)
+                data = prepare_data(cfg, names, folder, held_out)
         yield gather(data)[rank() - local_rank]  # of the first process of this machine
 
 

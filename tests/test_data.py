@@ -504,9 +504,17 @@ def test_problems_are_counted_by_kind_with_the_first_examples(tmp_path, output, 
         put("annotations", number, "segmentation", [[1, 1, 2]])(data)
     message = refused(capfd, data, output)
     assert "width 0" in message and "image id 99" in message and "--skip-bad-images" not in message
-    assert "a polygon is not a list of x, y pairs, 11 of 12 in train: " in message
+    assert "a polygon is not a list of x, y pairs" in message and ", 11 of 12 in train: " in message
     assert message.count("annotation id ") == 3
     assert "slice_1.png, annotation id 1; slice_2.png, " in message
+
+
+def test_files_that_the_system_does_not_read_are_one_kind(data, output, capfd):
+    for number in range(2):
+        file(None, f"train/slice_{number}.png")(data)
+        (data / f"train/slice_{number}.png").mkdir()
+    message = refused(capfd, data, output)
+    assert "(2 times)" in message and "slice_0.png" in message and "slice_1.png" in message
 
 
 def test_odd_but_usable_data_are_accepted(data, output, capfd):
@@ -710,7 +718,7 @@ def split_of(**thumbnails):
     return script.Split(Path(), entries, {})
 
 
-def test_images_above_the_correlation_are_counted_and_the_closest_pairs_named():
+def test_images_above_the_correlation_are_counted_and_the_first_pairs_named():
     """The thumbnails are unit vectors, so each correlation is known; opposite pictures and equals in train are none."""
     splits = {
         "train": split_of(a=(1, 0, 0), also_a=(1, 0, 0), b=(0, 1, 0)),
@@ -718,12 +726,12 @@ def test_images_above_the_correlation_are_counted_and_the_closest_pairs_named():
                           opposite=(-1, 0, 0), same=(0, 1, 0), also_close=(0.28, 0.96, 0)),
         "test": split_of(closest=(0.6, 0.8, 0))}
     assert script.find_near_duplicates(splits) == [
-        "4 of 7 valid images look like an image in train: scores may be too good for new patients; the closest: "
-        "same and b; closer and b; close and a"]
+        "4 of 7 valid images look like an image in train: scores may be too good for new patients: "
+        "close and a; closer and b; same and b, ..."]
     assert {name: split.near_duplicates for name, split in splits.items()} == {"train": 0, "valid": 4, "test": 0}
     splits["test"] = split_of(only=(0, -0.199, 0.98), like_a=(0.98, 0.199, 0))
     said, = script.find_near_duplicates(splits)[1:]
-    assert said.startswith("1 of 2 test images") and said.endswith("the closest: like_a and a")
+    assert said.startswith("1 of 2 test images") and said.endswith(": like_a and a")
     # An evaluation does not read train.
     assert script.find_near_duplicates({"valid": split_of(a=(1, 0, 0)), "test": split_of(a=(1, 0, 0))}) == []
 
@@ -806,7 +814,8 @@ H, W = 40, 56
 
 def rasterized(segmentation, height, width):
     """(RLE, remarks) of a COCO segmentation."""
-    return script.rasterize(script.parse_segmentation(segmentation), height, width)
+    rle, _, remarks = script.rasterize(segmentation, height, width)
+    return rle, remarks
 
 
 bounded = settings(max_examples=150, deadline=None, derandomize=True,
@@ -881,9 +890,8 @@ def test_any_coco_file_is_read_or_refused(tmp_path, values, replacements, data):
     (tmp_path / JSON).write_text(json.dumps(coco), encoding="utf-8")
     try:
         split = script.read_coco(tmp_path)
-        split.problems.pop(f"all 3 image files are missing; they belong beside {JSON}", None)
-        for entry in split.entries:
-            entry.problems.pop("the file is missing", None)
+        for record in (split, *split.entries):
+            record.problems = [(kind, detail) for kind, detail in record.problems if "missing" not in kind]
         script.refuse_problems([split], False)
     except script.TrainerError as error:
         assert str(tmp_path) in str(error) and error.exit_code == 2

@@ -175,7 +175,7 @@ def entry_of(i, name="", patient="", tumour=True):
 def held_out(entries, share, seed):
     """The names of the images that are held out for validation."""
     cfg = SimpleNamespace(VALID_SHARE=share, SEED=seed, FOLD=0)
-    return [entry.file_name for entry in script.choose_held_out(entries, cfg, ["valid"])["valid"]]
+    return script.choose_held_out(entries, cfg, ["valid"])["valid"]
 
 
 def numbers(parts):

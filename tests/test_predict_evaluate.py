@@ -111,7 +111,7 @@ def finish(path, data, *words):
     """End a run that has this best model; returns (its metadata, the rows of test_metrics.csv)."""
     words = ["--data-dir", data, "--output-dir", path.parent, "--device", "cpu", *words]
     cfg, _ = script.read_settings([str(word) for word in words])
-    script.finish_run(cfg, script.prepare_data(cfg, ["valid", "test"], training=False)[0], None)
+    script.finish_run(cfg, script.prepare_data(cfg, ["valid", "test"], held_out={})[0], None)
     return script.read_metadata(path)[0], table(path.parent / "test_metrics.csv")
 
 
