@@ -46,15 +46,23 @@ def tiny_build_model(*_):
                                torch.nn.Dropout(0.1), torch.nn.Conv2d(4, 1, 1)), "random"
 
 
+def warmup_and_plateau(optimizer, cfg, _steps_per_epoch):
+    """Instead of build_schedulers(), where the schedule does not matter: EPOCHS may be raised, whatever is edited."""
+    schedules = torch.optim.lr_scheduler
+    return (schedules.LinearLR(optimizer, 1 / max(1, cfg.WARMUP_STEPS), total_iters=cfg.WARMUP_STEPS),
+            schedules.ReduceLROnPlateau(optimizer, "max", cfg.PLATEAU_FACTOR, cfg.PLATEAU_PATIENCE, threshold=0))
+
+
 def tiny_network(script):
-    """The network of runs in the background, see background.Process."""
-    script.build_model = tiny_build_model
+    """The network and the schedule of runs in the background, see background.Process."""
+    script.build_model, script.build_schedulers = tiny_build_model, warmup_and_plateau
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The network of runs in this process."""
+    """The network and the schedule of runs in this process."""
     monkeypatch.setattr(script, "build_model", tiny_build_model)
+    monkeypatch.setattr(script, "build_schedulers", warmup_and_plateau)
 
 
 def box(x, y, width, height):

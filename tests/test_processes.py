@@ -24,7 +24,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
 from background import TIMING, Process, copy_run, read, run, scratch
-from conftest import SCRIPT, script, tiny_build_model, write_data
+from conftest import SCRIPT, script, tiny_build_model, warmup_and_plateau, write_data
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes and their environment are read from /proc")
@@ -62,7 +62,7 @@ def plain_model(*_):
 
 def plain_network(script):
     """plain_model() in one memory format, so that rounding is the same on all processors."""
-    script.build_model = plain_model
+    script.build_model, script.build_schedulers = plain_model, warmup_and_plateau
     script.memory_format = lambda device: torch.contiguous_format
 
 
