@@ -243,7 +243,7 @@ def test_one_process_audits_decodes_caches_writes_and_speaks(spied):
         assert outputs[0].count(words) == 1, words
     assert outputs[1] == ""
     written = {path.name for path in folder.iterdir()} - {".brain_tumor.lock"}
-    assert written == {*script.RUN_FILES} - {*script.LABEL_CHECK}
+    assert written == {name for name in script.RUN_FILES if not name.endswith(".pdf")} - {*script.LABEL_CHECK}
 
 
 def test_all_processes_validate_the_model_that_is_saved(spied):

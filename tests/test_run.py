@@ -196,7 +196,8 @@ CHANGES = {
     "UNANNOTATED": ["skip"], "GREY_PERCENTILES": [0.5, 99.5], "ENCODER": ["resnet34"],
     "ARCHITECTURE": ["unet"], "LOSS": ["focal_tversky"], "SEED": [7], "LR": [0.5], "LR_FROM_SCRATCH": [0.5],
     "WARMUP_STEPS": [3], "EMA_EPOCHS": [0.7], "WEIGHT_DECAY": [0.5], "GRAD_CLIP": [9], "PLATEAU_FACTOR": [0.3],
-    "PLATEAU_PATIENCE": [3], "PATIENT_PATTERN": [r"(\d)"], "VALID_SHARE": [0.3]}
+    "PLATEAU_PATIENCE": [3], "PATIENT_PATTERN": [r"(\d)"], "VALID_SHARE": [0.3], "FOLD": [1],
+    "TEST_SHARE": [0.1]}
 
 
 def flags(name):
