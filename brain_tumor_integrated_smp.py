@@ -1884,10 +1884,11 @@ def build_schedulers(optimizer: torch.optim.Optimizer, cfg: Settings, steps_per_
     validation Dice if it is a ReduceLROnPlateau, and nothing if it is another. What they were built with (T_max,
     milestones, ...) must be the same in a resumed run, so it ends with the EPOCHS of its start if that is part of it.
     """
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, cfg.WARMUP_STEPS), total_iters=cfg.WARMUP_STEPS)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=cfg.PLATEAU_FACTOR,
                                                          patience=cfg.PLATEAU_PATIENCE, threshold=0)
-    return warmup, plateau
+    # The last to be built: it lowers the rate at once, and somebody has to step it.
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, cfg.WARMUP_STEPS),
+                                             total_iters=cfg.WARMUP_STEPS), plateau
 
 
 def built_with(optimizer: torch.optim.Optimizer, schedulers: tuple) -> dict[str, str]:
