@@ -339,10 +339,11 @@ class Split:
 def load_sample(entry: ImageEntry, img_size: int, percentiles: tuple = GREY_PERCENTILES) -> tuple[np.ndarray, ...]:
     """Decode, rasterise and resize one image: the deterministic part, before any augmentation.
 
-    Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file).
+    Returns (RGB uint8 [S, S, 3], mask uint8 0/1 [S, S], RGB uint8 [H, W, 3] as in the file). An entry without size, as
+    neither a JSON nor a mask file tells it, gets that of its image. Raises TrainerError.
     """
     image = read_image(entry.path, percentiles, upright=True)
-    if not entry.height:  # neither a JSON nor a mask file says
+    if not entry.height:
         entry.height, entry.width = image.shape[:2]
     mask = entry.mask()
     if entry.mask_path and image.shape[:2] != mask.shape:
@@ -409,7 +410,7 @@ def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_image
     """
     splits = {}
     for name, folder in folders.items():
-        pairs = None if (folder / ANNOTATION_FILE).is_file() else find_pairs(folder)
+        pairs = None if (folder / ANNOTATION_FILE).is_file() else read_pairs(folder)
         splits[name] = split = pairs or read_coco(folder, categories)
         for entry in split.entries:
             if re.search("[\ud800-\udfff]", entry.path + entry.mask_path):  # on Linux, names may be any bytes
@@ -761,7 +762,7 @@ MASK_FILE = "mask file"  # instead of a category's name, in splits without COCO 
 LARGEST_LABEL = 20  # mask files with whole numbers up to this, 0 among them, are label maps
 
 
-def find_pairs(folder: Path) -> Split | None:
+def read_pairs(folder: Path) -> Split | None:
     """The images of a folder, and of the folders in it, with their mask files; None if there is no mask file.
 
     The mask of X is X_mask beside it, or X in masks/, which lies beside X or beside its folder images/.
@@ -837,7 +838,7 @@ def merge_colours(colours: Counter) -> Counter:
 
 
 def draw_mask_files(splits: Iterable[Split]) -> None:
-    """Give the entries of find_pairs() their size and mask. Raises TrainerError where colours or grey levels could mean
+    """Give the entries of read_pairs() their size and mask. Raises TrainerError where colours or grey levels could mean
     anything. A mask file that cannot be read is noted in its entry.
     """
     def count(entry):  # (entry, its grey levels, how many pixels have each, its colours); sets the entry's size
@@ -1268,7 +1269,7 @@ def find_near_duplicates(splits: dict[str, Split]) -> list[str]:
                     entry.near_duplicate = train[closest].file_name
         pairs = [f"{entry.file_name} and {entry.near_duplicate}" for entry in split.entries if entry.near_duplicate]
         if pairs:
-            remarks.append(f"{NEAR_DUPLICATES.format(len(pairs), len(split.entries), name)}: {'; '.join(pairs[:3])}"
+            remarks.append(f"{NEAR_DUPLICATES.format(len(pairs), len(split.entries), name)}, as {'; '.join(pairs[:3])}"
                            + ", ..." * (len(pairs) > 3))
     return remarks
 

@@ -726,12 +726,12 @@ def test_images_above_the_correlation_are_counted_and_the_first_pairs_named():
                           opposite=(-1, 0, 0), same=(0, 1, 0), also_close=(0.28, 0.96, 0)),
         "test": split_of(closest=(0.6, 0.8, 0))}
     assert script.find_near_duplicates(splits) == [
-        "4 of 7 valid images look like an image in train: scores may be too good for new patients: "
+        "4 of 7 valid images look like an image in train: scores may be too good for new patients, as "
         "close and a; closer and b; same and b, ..."]
     assert {name: split.near_duplicates for name, split in splits.items()} == {"train": 0, "valid": 4, "test": 0}
     splits["test"] = split_of(only=(0, -0.199, 0.98), like_a=(0.98, 0.199, 0))
     said, = script.find_near_duplicates(splits)[1:]
-    assert said.startswith("1 of 2 test images") and said.endswith(": like_a and a")
+    assert said.startswith("1 of 2 test images") and said.endswith(", as like_a and a")
     # An evaluation does not read train.
     assert script.find_near_duplicates({"valid": split_of(a=(1, 0, 0)), "test": split_of(a=(1, 0, 0))}) == []
 
