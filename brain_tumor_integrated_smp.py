@@ -1138,6 +1138,9 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     is_whole = not training and folders == {"train": data_dir}
     if training and folders.get("train") == data_dir:
         log(f"There is no train/ in {data_dir}: the images in it are the training set.")
+    if training and cfg.FOLD and "valid" in folders:
+        raise TrainerError(f"FOLD is {cfg.FOLD}, but folds are parts of train, and there is {folders['valid']}: move its "
+                           "images into train, or leave FOLD at 0")
     if training:
         folders = {"train": data_dir / "train"} | folders  # if it is missing, read_splits() says so
     shares = {"valid": cfg.VALID_SHARE, "test": cfg.TEST_SHARE} if training else held_out
@@ -3052,9 +3055,9 @@ def at_least(least: int | float) -> tuple:
 
 NAMES = {"UNANNOTATED": ("tumour-free", "skip"), "ARCHITECTURE": smp.MODEL_ARCHITECTURES_MAPPING, "LOSS": LOSSES,
          "PRECISION": ("auto", "float32", "bfloat16", "float16"), "ENCODER": smp.encoders.get_encoder_names()}
-# What a setting must satisfy, in words and as a test.
 # Settings that are a model's own, and in its JSON under the same names in small letters.
 DECIDED = ("IMG_SIZE", "MEAN", "STD", "GREY_PERCENTILES", "ENCODER", "ARCHITECTURE", "TEST_TIME_AUGMENTATION")
+# What a setting must satisfy, in words and as a test.
 RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, names in NAMES.items()} | {
     "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",

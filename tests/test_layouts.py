@@ -257,6 +257,8 @@ def test_a_fold_needs_a_share_that_divides(tmp_path, capfd):
     for fold, share in ((5, 0.2), (1, 0.3), (2, 0.5)):
         assert "FOLD" in refused(capfd, data, tmp_path / "out", "--audit", "--fold", fold, "--valid-share", share)
     accepted(capfd, data, tmp_path / "out", "--fold", 4)
+    with_valid = one_folder(tmp_path / "with valid", 6, splits=("train", "valid"))
+    assert str(with_valid / "valid") in refused(capfd, with_valid, tmp_path / "out", "--audit", "--fold", 1)
     assert "too few" in refused(capfd, one_folder(tmp_path / "few", 3), tmp_path / "out", "--audit", "--fold", 4)
 
 
