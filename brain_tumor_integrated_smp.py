@@ -1139,8 +1139,8 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
     if training and folders.get("train") == data_dir:
         log(f"There is no train/ in {data_dir}: the images in it are the training set.")
     if training and cfg.FOLD and "valid" in folders:
-        raise TrainerError(f"FOLD is {cfg.FOLD}, but folds are parts of train, and there is {folders['valid']}: move its "
-                           "images into train, or leave FOLD at 0")
+        raise TrainerError(f"FOLD is {cfg.FOLD}, but folds are parts of train, and there is {folders['valid']}: move "
+                           "its images into train, or leave FOLD at 0")
     if training:
         folders = {"train": data_dir / "train"} | folders  # if it is missing, read_splits() says so
     shares = {"valid": cfg.VALID_SHARE, "test": cfg.TEST_SHARE} if training else held_out
