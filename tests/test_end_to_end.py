@@ -176,7 +176,7 @@ def test_the_pictures_show_something(out, name, colours):
 
 def test_a_notebooks_way_to_draw_does_not_matter_to_the_script():
     """What a line with "!" hands on may not even be installed. A program that imports the script keeps its choice."""
-    choice = {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    choice = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = run_script("--help", env=choice)
     assert done.returncode == 0 and done.stderr == ""
     code = "import brain_tumor_integrated_smp, matplotlib; print(matplotlib.rcParams['backend'])"
