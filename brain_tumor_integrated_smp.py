@@ -1670,16 +1670,20 @@ def mean_of_defined(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(defined, values, 0).sum(0) / defined.sum(0), defined.sum(0)
 
 
+def mean_score(name: str, values: torch.Tensor) -> dict[str, float]:
+    """NAME: the mean over [N] values, and NAME_n: how many of them are defined, if not all are; {} if none is."""
+    mean, count = (value.item() for value in mean_of_defined(values))
+    return ({name: mean} if count else {}) | ({f"{name}_n": count} if 0 < count < len(values) else {})
+
+
 def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scores of a set from those of its images: means, and, as pooled_*, the ratios of all pixels taken together.
 
     See CONVENTION for undefined scores. What no image has is absent, so that a summary never holds NaN.
     """
     summary = {}
-    for name, values in scores.items():
-        mean, count = (value.item() for value in mean_of_defined(values))
-        if count and name not in COUNTS:
-            summary |= {name: mean} | ({f"{name}_n": count} if count < len(values) else {})
+    for name in [name for name in scores if name not in COUNTS]:
+        summary |= mean_score(name, scores[name])
     pooled = metrics_from_counts(*(scores[name].sum() for name in COUNTS))
     return summary | {f"pooled_{name}": value.item() for name, value in pooled.items() if value.isfinite()}
 
@@ -1695,30 +1699,28 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
     dice_of_whole_image: of a prediction that marks every pixel. NAME_95_ci: confidence_interval(). What a set does not
     have is absent.
     """
-    annotated = (scores["true_positive_px"] + scores["false_negative_px"]).numpy()
-    result, tumour = summarize(scores), annotated > 0
-    owners = np.array(patients or range(len(tumour)))
-    values = {name: (scores[name].numpy(), owners) for name in ("dice", "iou")}
-    values |= {f"{name}_with_tumour": (scores[name].numpy()[tumour], owners[tumour]) for name in ("dice", "iou")}
+    result, scores = summarize(scores), {name: values.numpy() for name, values in scores.items()}
+    annotated = scores["true_positive_px"] + scores["false_negative_px"]
+    tumour, owners = annotated > 0, np.array(patients or range(len(annotated)))
+    values = {name: (scores[name], owners) for name in ("dice", "iou")}
+    values |= {f"{name}_with_tumour": (scores[name][tumour], owners[tumour]) for name in ("dice", "iou")}
     if patients:
         names, groups = np.unique(patients, return_inverse=True)
-        counts = [torch.from_numpy(np.bincount(groups, scores[name].numpy())) for name in COUNTS]
+        counts = [torch.from_numpy(np.bincount(groups, scores[name])) for name in COUNTS]
         values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), names
     if leaks and any(leaks):
         alone = ~np.array(leaks)
-        values["dice_without_near_duplicates"] = scores["dice"].numpy()[alone], owners[alone]
+        values["dice_without_near_duplicates"] = scores["dice"][alone], owners[alone]
     for name, (found, whose) in values.items():
-        defined = np.isfinite(found)
-        found, whose, count = found[defined], whose[defined], len(found)
-        if len(found):
-            result |= {name: float(found.mean())} | ({f"{name}_n": len(found)} if len(found) < count else {})
+        result |= mean_score(name, torch.from_numpy(found))
+        found, whose = found[np.isfinite(found)], whose[np.isfinite(found)]
         if name == "dice_per_patient_mean" and len(found):
             result["dice_per_patient_median"] = float(np.median(found))
         if len(set(whose)) > 1:
             result[f"{name}_95_ci"] = confidence_interval(found, whose)
     if not tumour.all():
-        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"].numpy() == 0)[~tumour].mean())
-    pixels = sum(scores[name] for name in COUNTS).numpy()
+        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"] == 0)[~tumour].mean())
+    pixels = sum(scores[name] for name in COUNTS)
     return result | {"dice_of_whole_image": float((2 * annotated / (annotated + pixels)).mean())}
 
 
@@ -2354,7 +2356,6 @@ CONFIDENT = np.float32(THRESHOLDS[-1])  # tumour probability; on CONFIDENT_FRACT
 CONFIDENT_FRACTION = 0.002
 PREDICTED = ("images", "masks", "overlays")  # folders of --predict
 LABEL_FINDINGS = ("tumour where none is annotated", "annotated tumour that is not seen", "outlines that hardly overlap")
-NO_ANNOTATION = "tumour in an image without annotation"  # the first of these where nothing is annotated
 HARDLY_OVERLAP = 0.5  # Dice
 WEAK_MODEL = 0.7  # Dice below which most contradictions are the model's mistakes
 
@@ -2374,23 +2375,21 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     content of the JSON, and prediction_settings. Raises TrainerError when the file is missing, damaged or unfit.
     """
     checkpoint, cfg = Path(checkpoint), cfg or default_settings()
+    device = torch.device(device or find_device(cfg.DEVICE))
     weights, (metadata, problem) = read_weights(checkpoint), read_metadata(checkpoint)
-    settings = prediction_settings(cfg)
     if problem:
-        warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {settings}")
+        warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {prediction_settings(cfg)}")
+    else:  # before JSONs named the architecture, it was this one
+        trained = {"ARCHITECTURE": "unetplusplus"} | metadata.get("settings", {}) | settings_of(metadata)
+        cfg = Settings(**vars(cfg) | trained)
     if {*Trainer.STATEFUL} <= {*weights}:
         raise TrainerError(f"{checkpoint} is the state of a run, for --resume; the model is {BEST}")
     if metadata and metadata.get("preprocess_digest", "") != preprocess_digest():
         warn(f"{checkpoint} was trained with another preprocess(): masks will be worse.")
-    trained = metadata.get("settings", {})
-    model = build_model(metadata.get("encoder", trained.get("ENCODER", cfg.ENCODER)), None, metadata.get(
-        "architecture", trained.get("ARCHITECTURE", "unetplusplus" if metadata else cfg.ARCHITECTURE)))[0]
+    model = build_model(cfg.ENCODER, None, cfg.ARCHITECTURE)[0]
     load_weights(model, weights, checkpoint)
-    model.metadata = metadata
-    if metadata:  # what a JSON lacks is from before the script had it
-        settings |= {"test_time_augmentation": False, "grey_percentiles": (0, 100)}
-    model.prediction_settings = {name: metadata.get(name, value) for name, value in settings.items()}
-    device = torch.device(device or find_device(cfg.DEVICE))
+    model.metadata, settings = metadata, prediction_settings(cfg)
+    model.prediction_settings = settings | {"threshold": metadata.get("threshold", settings["threshold"])}
     return model.to(device, memory_format=memory_format(device)).eval()
 
 
@@ -2492,14 +2491,28 @@ def choose_threshold(model: torch.nn.Module, valid: BrainTumorDataset) -> np.nda
     return dice
 
 
-def score_split(model: torch.nn.Module, dataset: BrainTumorDataset, name: str) -> list[dict[str, float]]:
-    """score_test_image() of every image of a split, at the model's threshold."""
+def score_splits(folder: Path, model: torch.nn.Module, datasets: dict[str, BrainTumorDataset],
+                 dice: np.ndarray | None = None) -> dict[str, dict]:
+    """Score all images of splits; write NAME_metrics.csv, _predictions.png and _report.png. Returns the splits' scores.
+
+    The folder is made if it is not there. dice: of valid at THRESHOLDS, at the end of a run, which has pictures of test
+    only.
+    """
     score = functools.partial(score_test_image, threshold=model.prediction_settings["threshold"])
-    return evaluate_split(model, dataset, score, name)
+    rows = {name: evaluate_split(model, dataset, score, name) for name, dataset in datasets.items()}
+    folder.mkdir(exist_ok=True)
+    scores = {name: write_scores(folder, name, dataset.entries, rows[name]) for name, dataset in datasets.items()}
+    for name, dataset in datasets.items():
+        if dice is None or name == "test":
+            plot_predictions(folder / f"{name}_predictions.png", model, dataset.entries, rows[name])
+            sizes = np.array([entry.tumour_fraction for entry in dataset.entries])
+            plot_report(folder / f"{name}_report.png", name, rows[name], sizes, scores[name],
+                        model.prediction_settings["threshold"], dice)
+    return scores
 
 
 def write_scores(folder: Path, name: str, entries: list[ImageEntry], rows: list[dict[str, float]]) -> dict:
-    """Write the scores of a split's images, of score_split(), as NAME_metrics.csv. Returns those of the whole split."""
+    """Write the scores of a split's images, of score_test_image(), as a table. Returns those of the whole split."""
     report_unannotated(name, entries, [row.pop("confident_px") for row in rows])
     known = {column: [getattr(entry, column) for entry in entries] for column in ("patient", "near_duplicate")}
     known = {column: texts for column, texts in known.items() if any(texts)}
@@ -2516,13 +2529,9 @@ def write_scores(folder: Path, name: str, entries: list[ImageEntry], rows: list[
 def finish_run(cfg: Settings, splits: dict[str, Split], cache: PixelCache | None) -> None:
     """At the end of training: find the threshold on valid, score valid and test with it, and add all to the JSON."""
     output, checkpoint = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / BEST
+    splits = {name: splits[name] for name in ("valid", "test") if name in splits}
     model, datasets = load_for_evaluation(cfg, checkpoint, splits, cache)
-    dice, scores = choose_threshold(model, datasets["valid"]), {}
-    for name in [name for name in ("valid", "test") if name in splits]:
-        rows, entries = score_split(model, datasets[name], name), splits[name].entries
-        scores[name] = write_scores(output, name, entries, rows)
-        if name == "test":
-            plot_scores(output, name, model, entries, rows, scores[name], dice)
+    scores = score_splits(output, model, datasets, dice=choose_threshold(model, datasets["valid"]))
     metadata = model.metadata | model.prediction_settings
     threshold = metadata["threshold"]
     of_epoch = metadata.get("valid_metrics_at_img_size", {}).get("dice", 0)
@@ -2544,11 +2553,8 @@ def evaluate(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cache: P
     """Score a model, as it is, on the splits that there are: JSON, tables and pictures in OUTPUT_DIR/evaluation."""
     model, datasets = load_for_evaluation(cfg, checkpoint, splits, cache)
     log(describe_checkpoint(model, checkpoint))
-    rows = {name: score_split(model, dataset, name) for name, dataset in datasets.items()}
-    folder, scores = new_folder(cfg, "evaluation"), {}
-    for name, split in splits.items():
-        scores[name] = write_scores(folder, name, split.entries, rows[name])
-        plot_scores(folder, name, model, split.entries, rows[name], scores[name])
+    folder = unused(Path(cfg.OUTPUT_DIR) / "evaluation")
+    scores = score_splits(folder, model, datasets)
     print_scores(scores, f"Scores of {cfg.DATA_DIR}.")
     settings = {name: model.prediction_settings[name] for name in ("threshold", "test_time_augmentation")}
     write_json(folder / "scores.json", {
@@ -2566,12 +2572,10 @@ def describe_checkpoint(model: torch.nn.Module, checkpoint: Path) -> str:
             + f", device {next(model.parameters()).device}")
 
 
-def new_folder(cfg: Settings, name: str) -> Path:
-    """Make a folder NAME, or NAME_2, ..., in OUTPUT_DIR."""
-    folder = next(path for number in itertools.count(1) if not (
-        path := Path(cfg.OUTPUT_DIR) / f"{name}{f'_{number}' * (number > 1)}").exists())
-    folder.mkdir()
-    return folder
+def unused(path: Path) -> Path:
+    """The first of PATH, PATH_2, PATH_3, ... that does not exist; the suffix, if there is one, stays at the end."""
+    more = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([path], more) if not path.exists())
 
 
 def report_unannotated(name: str, entries: list[ImageEntry], confident_px: list[float]) -> None:
@@ -2592,12 +2596,11 @@ REPORTED = ("images", "dice", "dice_per_patient_mean", "iou", "precision", "reca
 def print_scores(metrics: dict[str, dict], title: str) -> None:
     """Print the scores of splits side by side, under their names in the JSON; of the pooled ones only Dice."""
     def cell(scores, row):
-        value, interval, count = scores.get(row, ""), scores.get(f"{row}_95_ci"), scores.get(f"{row}_n")
         if row == "lesions":
-            return "{lesions_found} of {lesions} found, {false_lesions} false".format(**scores).ljust(32)
-        text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        return (text + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
-                + f" n={count}" * (count is not None)).ljust(32)
+            return "{lesions_found} of {lesions} found, {false_lesions} false".format(**scores)
+        value, interval, count = scores.get(row, ""), scores.get(f"{row}_95_ci"), scores.get(f"{row}_n")
+        return ((f"{value:.4f}" if isinstance(value, float) else str(value))
+                + (" ({:.3f} to {:.3f})".format(*interval) if interval else "") + f" n={count}" * (count is not None))
 
     log(f"\n{title}\nScores are at the original resolution, means over images, in brackets 95 % confidence intervals. "
         "n: how many have that\nscore, where not all have; without tumour, annotated or predicted, there is no Dice; a "
@@ -2606,7 +2609,7 @@ def print_scores(metrics: dict[str, dict], title: str) -> None:
     names = dict.fromkeys(row for scores in metrics.values() for row in scores
                           if row == "pooled_dice" or not re.search("_95_ci$|_n$|^pooled_|lesions_found|false_les", row))
     for row in [*(row for row in REPORTED if row in names), "", *(row for row in names if row not in REPORTED)]:
-        log(f"  {row:29}{''.join(cell(scores, row) for scores in metrics.values())}".rstrip())
+        log(f"  {row:29}{''.join(cell(scores, row).ljust(32) for scores in metrics.values())}".rstrip())
     for name, found in metrics.items():
         if "dice_with_tumour" not in found:
             log(f"  No image of {name} has a tumour, and " + (
@@ -2616,13 +2619,15 @@ def print_scores(metrics: dict[str, dict], title: str) -> None:
 
 
 def label_finding(probability: np.ndarray, mask: np.ndarray, threshold: float) -> dict:
-    """Where the model contradicts the annotation of an image most: kind, dice, size_px and confidence; {} if nowhere.
+    """Where the model contradicts an annotation most: kind, dice (of the image), size_px, confidence; if nowhere, dice.
 
     Either a predicted tumour that touches no annotated one, an annotated one that touches no predicted one, or, of all
     that touch, outlines with a Dice below HARDLY_OVERLAP. confidence, 0..1: |probability - mask| where prediction and
     mask differ, and 0 where they agree, as a mean over the pixels of these tumours; size_px is the number of them.
     """
     prediction = binarize(probability, threshold)
+    total = int(prediction.sum() + mask.sum())
+    dice = round(2 * int((prediction & mask).sum()) / total, 4) if total else math.nan
     difference, rest, findings = np.where(prediction == mask, 0, np.abs(probability - mask)), prediction | mask, []
     for kind, tumours, others in zip(LABEL_FINDINGS, (prediction, mask), (mask, prediction)):
         count, places = cv2.connectedComponents(tumours)
@@ -2632,10 +2637,9 @@ def label_finding(probability: np.ndarray, mask: np.ndarray, threshold: float) -
     if rest.any() and 2 * (prediction & mask).sum() < HARDLY_OVERLAP * (prediction + mask)[rest > 0].sum():
         findings.append((LABEL_FINDINGS[2], rest > 0))
     if not findings:
-        return {}
+        return {"dice": dice}
     kind, where = max(findings, key=lambda finding: difference[finding[1]].mean())
-    dice = 2 * (prediction & mask).sum() / (prediction.sum() + mask.sum())
-    return {"kind": kind, "dice": round(float(dice), 4), "size_px": int(where.sum()),
+    return {"kind": kind, "dice": dice, "size_px": int(where.sum()),
             "confidence": round(float(difference[where].mean()), 4)}
 
 
@@ -2645,40 +2649,34 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
     A model has seen the annotations of train: where it contradicts one of them all the same, that counts more. A weak
     model mostly lists its own mistakes, which is said. Images without annotation are looked at, too.
     """
-    model, dataset = load_for_evaluation(cfg, checkpoint, splits, cache)
+    model, datasets = load_for_evaluation(cfg, checkpoint, splits, cache)
     log(describe_checkpoint(model, checkpoint))
-    for name in LABEL_CHECK:  # of an earlier check
-        (Path(cfg.OUTPUT_DIR) / name).unlink(missing_ok=True)
-    threshold, rows, dice = model.prediction_settings["threshold"], [], []
-
-    def look(probability, mask):
-        tensors = [torch.from_numpy(array)[None, None] for array in (probability, mask)]
-        return image_metrics(*tensors, threshold)["dice"], label_finding(probability, mask, threshold)
-
-    for name, split in splits.items():
-        for entry, (score, finding) in zip(split.entries, evaluate_split(model, dataset[name], look, name)):
-            dice += [score] if entry.annotated else []
-            if finding:
-                kind = finding["kind"] if entry.annotated else NO_ANNOTATION
-                rows.append(({"split": name, "file_name": entry.file_name} | finding | {"kind": kind}, entry))
+    table, picture = (Path(cfg.OUTPUT_DIR) / name for name in LABEL_CHECK)
+    for path in (table, picture):  # of an earlier check
+        path.unlink(missing_ok=True)
+    look, rows, dice = functools.partial(label_finding, threshold=model.prediction_settings["threshold"]), [], []
+    for name, dataset in datasets.items():
+        for entry, finding in zip(dataset.entries, evaluate_split(model, dataset, look, name)):
+            dice += [finding["dice"]] if entry.annotated else []
+            if "kind" in finding:
+                finding |= {} if entry.annotated else {"kind": "tumour in an image without annotation"}
+                rows.append(({"split": name, "file_name": entry.file_name} | finding, entry))
     rows.sort(key=lambda row: -row[0]["confidence"] * (1 - row[0]["dice"]))
-    mean = float(mean_of_defined(torch.cat(dice))[0]) if dice else math.nan
+    mean = float(mean_of_defined(torch.tensor(dice))[0])
     log(f"\nOn the {plural(len(dice), 'annotated image')} the model has "
         + ("no Dice." if math.isnan(mean) else f"a Dice of {mean:.2f}."))
     if rows and not mean >= WEAK_MODEL:
         log("Most of what follows are probably its own mistakes: train it longer, or on more images, before you change "
             "annotations.")
-    kinds = Counter(row["kind"] for row, _ in rows)
-    kinds = [f"{kinds[kind]} x {kind}" for kind in (*LABEL_FINDINGS, NO_ANNOTATION) if kind in kinds]
-    log(f"The model contradicts {', '.join(kinds) or 'no annotation'}.")
+    kinds = Counter(row["kind"] for row, _ in rows).most_common()
+    log(f"The model contradicts {', '.join(f'{count} x {kind}' for kind, count in kinds) or 'no annotation'}.")
     if rows:
-        write_table(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[0], [row for row, _ in rows])
+        write_table(table, [row for row, _ in rows])
         cases = [(entry, f"{number}. {row['split']}", textwrap.fill(row["kind"], 17)
                   + f"\n{row['size_px']} px\nconfidence {row['confidence']:.2f}")
                  for number, (row, entry) in enumerate(rows[:2 * COLUMNS], 1)]
-        plot_cases(Path(cfg.OUTPUT_DIR) / LABEL_CHECK[1], model, cases, "Annotations that the model contradicts")
-        log(f"All of them are in {LABEL_CHECK[0]}, the most suspicious first; {LABEL_CHECK[1]} shows the first "
-            f"{len(cases)}."
+        plot_cases(picture, model, cases, "Annotations that the model contradicts")
+        log(f"All of them are in {table.name}, the most suspicious first; {picture.name} shows the first {len(cases)}."
             + "\nLook at them, correct the annotations that are wrong, and train again." * (mean >= WEAK_MODEL))
 
 
@@ -2742,9 +2740,9 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
     """
     files, model = find_images(sources), load_model(checkpoint, cfg=cfg)
     model.prediction_settings["test_time_augmentation"] = cfg.TEST_TIME_AUGMENTATION
-    folder = new_folder(cfg, "predictions")
+    folder = unused(Path(cfg.OUTPUT_DIR) / "predictions")
     for name in PREDICTED:
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     log(describe_checkpoint(model, checkpoint))
     coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "tumour"}]}
     bad, rows = [], []
@@ -2752,7 +2750,7 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
         for path, name in progress(files, "Predicting"):
             try:
                 predict_file(model, path, name, folder, coco, rows)
-            except TrainerError as error:
+            except (TrainerError, OSError) as error:
                 bad.append(str(error))
     finally:  # also of what was done before Ctrl-C
         if rows:
@@ -2767,32 +2765,26 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
 def predict_file(model: torch.nn.Module, path: Path, name: str, folder: Path, coco: dict, rows: list[dict]) -> None:
     """Segment one image into the folders of predict_files(), and add it to its COCO file and table.
 
-    name: see find_images(). Raises TrainerError.
+    name: see find_images(). Raises TrainerError or OSError.
     """
     try:
-        str(path).encode()
+        f"{path}{name}".encode()
     except UnicodeEncodeError:  # annotation tools could not read the COCO file
         raise TrainerError(f"{path}: its name, or that of a folder above it, is not Unicode; rename it") from None
     image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
     mask, probability = segment(model, image)
-    stem = Path(name).stem
-    while len(os.fsencode(stem)) > 200:  # names may have 255 bytes
-        stem = stem[:-1]
-    stem = next(unused for number in itertools.count(1) if not (
-        folder / "masks" / f"{(unused := stem + f'_{number}' * (number > 1))}.png").exists())
-    write_image(folder / "masks" / f"{stem}.png", mask * 255)
-    write_image(folder / "overlays" / f"{stem}.png", draw_overlay(image, mask))
-    copied = folder / "images" / f"{stem}{path.suffix}"
-    try:
-        shutil.copyfile(path, copied)
-    except OSError as error:
-        raise TrainerError(f"cannot write {copied}: {error}") from None
+    stem = Path(name).stem.encode()[:200].decode(errors="ignore")  # names may have 255 bytes
+    mask_file = unused(folder / "masks" / f"{stem}.png")
+    write_image(mask_file, mask * 255)
+    write_image(folder / "overlays" / mask_file.name, draw_overlay(image, mask))
+    copied = folder / "images" / f"{mask_file.stem}{path.suffix}"
+    shutil.copyfile(path, copied)
     found, number = coco_annotations(mask), len(coco["images"]) + 1  # ids start at 1: COCOeval takes 0 for none
     coco["images"].append({"id": number, "file_name": copied.name, "height": mask.shape[0], "width": mask.shape[1]})
     coco["annotations"] += [{"id": identity, "image_id": number} | annotation
                             for identity, annotation in enumerate(found, len(coco["annotations"]) + 1)]
     inside = f"{probability[mask > 0].mean():.4f}" if found else ""
-    rows.append({"file": str(path), "mask": f"masks/{stem}.png", "width": mask.shape[1], "height": mask.shape[0],
+    rows.append({"file": str(path), "mask": f"masks/{mask_file.name}", "width": mask.shape[1], "height": mask.shape[0],
                  "tumour_px": int(mask.sum()), "tumour_fraction": f"{mask.mean():.6f}", "tumours": len(found),
                  "mean_probability": inside})
 
@@ -2849,12 +2841,12 @@ PRINT = matplotlib.rc_context({  # for figures on such a page: no letters below 
 
 def shortened(file_name: str, room: int = 17) -> str:
     """The end of a file name, without its suffix, as far as there is room for it above a picture, in letters."""
-    stem, start = Path(file_name).stem, 0
+    def width(text):
+        return sum(1.8 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)  # Chinese ones
 
-    widths = [1.8 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in stem]  # Chinese ones are wide
-    while 3 * (start > 0) + sum(widths[start:]) > room:
-        start += 1
-    return "..." * (start > 0) + stem[start:]
+    stem = Path(file_name).stem
+    ends = [stem, *(f"...{stem[start:]}" for start in range(1, len(stem) + 1))]
+    return next(end for end in ends if width(end) <= room)
 
 
 def save_figure(path: Path, figure: Figure, vector: bool = False) -> None:
@@ -2868,39 +2860,35 @@ def plot_grid(path: Path, cases: list[tuple[list[np.ndarray], str, str]], names:
               colours: dict[str, tuple]) -> None:
     """A column for each case (pictures RGB uint8 [H, W, 3] one below the other, text above, text below), in blocks.
 
-    names: of the pictures of a case. colours: of the legend, by name. All is placed by hand, in inches from the top:
-    text never touches a picture, and there are no gaps.
+    names: of the pictures of a case. colours: of the legend, by name. All is placed by hand, in inches: text never
+    touches a picture, and there are no gaps.
     """
-    columns, fonts, line, gap = min(COLUMNS, len(cases)), font_families(), 8.6 / 72, 0.05
-    side = min(1.6, (PAGE - 0.3) / columns - gap)  # of the box of a picture
-    width = max(0.3 + columns * (side + gap), 3.2)
-    start = 0.3 + (width - 0.3 - columns * (side + gap)) / 2
-    handles = [Line2D([], [], color=np.array(rgb) / 255, linewidth=4, label=name) for name, rgb in colours.items()]
-    boxes, top = [], 1.2 * line  # (left, top, height, picture, text above, text below, name)
-    for first in range(0, len(cases), COLUMNS):
-        block = cases[first:first + COLUMNS]
-        top += line * (0.5 + max(above.count("\n") + 1 for _, above, _ in block))
-        for row, name in enumerate(names):
-            height = side * min(1.5, max(pictures[row].shape[0] / pictures[row].shape[1] for pictures, _, _ in block))
-            boxes += [(start + column * (side + gap), top, height, pictures[row], above if row == 0 else "",
-                       below if row == len(names) - 1 else "", name if column == 0 else "")
-                      for column, (pictures, above, below) in enumerate(block)]
-            top += height + gap
-        top += line * max(below.count("\n") + 1 if below else 0 for _, _, below in block)
-    rows = 1 if width > 5 else len(handles)
-    total = top + line * (1.5 * rows + 1)
+    columns, fonts, line, gap, left = min(COLUMNS, len(cases)), font_families(), 8.6 / 72, 0.05, 0.3
+    side = min(1.6, (PAGE - left) / columns - gap)  # of the box of a picture
+    shapes = [picture.shape for pictures, _, _ in cases for picture in pictures]
+    height = side * min(1.5, max(shape[0] / shape[1] for shape in shapes))
+    above, below = (line * max(len(case[place].splitlines()) for case in cases) for place in (1, 2))
+    block = 0.5 * line + above + len(names) * (height + gap) + below
+    width = max(left + columns * (side + gap), 3.2)
+    left += (width - left - columns * (side + gap)) / 2
+    rows = 1 if width > 5 else len(colours)  # of the legend
+    total = 1.2 * line + math.ceil(len(cases) / columns) * block + (1.5 * rows + 1) * line
     figure = Figure(figsize=(width, total))
-    for left, top, height, picture, above, below, name in boxes:
-        place = left / width, 1 - (top + height) / total, side / width, height / total
-        axis = figure.add_axes(place, facecolor="0.93")
-        axis.imshow(picture)
-        axis.set(xticks=[], yticks=[], adjustable="datalim")  # the box stays as it is, whatever the picture's shape
-        axis.spines[:].set_visible(False)
-        axis.set_title(above if len(fonts) > 1 else above.encode("ascii", "replace").decode(), fontsize=7, pad=2,
-                       fontfamily=fonts)
-        axis.set_xlabel(below, labelpad=2)
-        axis.set_ylabel(name, labelpad=2)
+    for number, (pictures, label, caption) in enumerate(cases):
+        place, column = divmod(number, columns)
+        for row, picture in enumerate(pictures):
+            x = left + column * (side + gap)
+            y = total - 1.7 * line - place * block - above - row * (height + gap) - height
+            axis = figure.add_axes((x / width, y / total, side / width, height / total), facecolor="0.93")
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[], adjustable="datalim")  # the box stays as it is, whatever the picture's shape
+            axis.spines[:].set_visible(False)
+            axis.set_ylabel("" if column else names[row], labelpad=2)
+        axis.set_xlabel(caption, labelpad=2)
+        figure.axes[-len(names)].set_title(label if len(fonts) > 1 else label.encode("ascii", "replace").decode(),
+                                           fontsize=7, pad=2, fontfamily=fonts)
     figure.suptitle(title, y=1 - line / 4 / total, va="top")
+    handles = [Line2D([], [], color=np.array(rgb) / 255, linewidth=4, label=name) for name, rgb in colours.items()]
     figure.legend(handles=handles, loc="lower center", ncols=math.ceil(len(handles) / rows), frameon=False)
     save_figure(path, figure)
 
@@ -2925,12 +2913,11 @@ def plot_history(path: Path, history: list[dict], images: int, vector: bool = Fa
     figure = Figure(figsize=(PAGE, 2.3), layout="constrained")
     loss, scores, rate = figure.subplots(1, 3)
     marker = "." if len(history) < 30 else None
-    for axis, lines in ((loss, {"train_loss": "training", "valid_loss": "validation"}),
-                        (scores, {"dice": "Dice", "iou": "IoU"}), (rate, {"lr": ""})):
-        for key, label in lines.items():
-            style = "steps-post" if key == "lr" else "default"
-            values = [row.get(key, math.nan) for row in history]
-            axis.plot(epochs, values, marker=marker, label=label, drawstyle=style)
+    for axis, key, label in ((loss, "train_loss", "training"), (loss, "valid_loss", "validation"),
+                             (scores, "dice", "Dice"), (scores, "iou", "IoU"), (rate, "lr", None)):
+        axis.plot(epochs, [row.get(key, math.nan) for row in history], marker=marker, label=label,
+                  drawstyle="steps-post" if axis is rate else "default")
+    for axis in (loss, scores, rate):
         axis.axvline(best["epoch"], color="gray", linestyle="--", linewidth=1,
                      label=f"best: epoch {best['epoch']} ({best.get('dice', 0):.3f})" if axis is scores else None)
         axis.set_xlabel("epoch")
@@ -2957,23 +2944,13 @@ def plot_history(path: Path, history: list[dict], images: int, vector: bool = Fa
     save_figure(path, figure, vector)
 
 
-def plot_scores(folder: Path, name: str, model: torch.nn.Module, entries: list[ImageEntry], rows: list[dict],
-                scores: dict, dice: np.ndarray | None = None) -> None:
-    """Write NAME_predictions.png and NAME_report.png of a split; at the end of a run the report as PDF, too.
-
-    rows: of score_split(). scores: of write_scores(). dice: of valid at THRESHOLDS, if it has chosen the threshold.
-    """
-    plot_predictions(folder / f"{name}_predictions.png", model, entries, rows)
-    sizes = np.array([entry.tumour_fraction for entry in entries])
-    plot_report(folder / f"{name}_report.png", name, rows, sizes, scores, model.prediction_settings["threshold"], dice)
-
-
 @PRINT
 def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, scores: dict, threshold: float,
                 dice: np.ndarray | None = None) -> None:
     """Of a split, the distribution of Dice and Dice against tumour size; of valid, Dice against the threshold.
 
-    sizes: fraction of each image that is tumour. For the rest see plot_scores().
+    rows, scores, dice: see score_splits(). sizes: fraction of each image that is tumour. At the end of a run, with the
+    Dice of valid, also a PDF.
     """
     panels = 2 if dice is None else 3
     figure = Figure(figsize=(PAGE * panels / 3, 2.3), layout="constrained")
@@ -2984,7 +2961,7 @@ def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, scor
                    label=[f"with tumour ({tumour.sum()})", f"false alarm ({alarm.sum()} of {(~tumour).sum()})"])
     label = "Dice"
     if "dice" in scores:
-        label = f"Dice, mean {scores['dice']:.3f}"
+        label += f", mean {scores['dice']:.3f}"
         histogram.axvline(scores["dice"], color="tab:red")
     if "dice_95_ci" in scores:
         label += " ({:.3f} to {:.3f})".format(*scores["dice_95_ci"])
@@ -3023,9 +3000,8 @@ def plot_predictions(path: Path, model: torch.nn.Module, entries: list[ImageEntr
     with_dice = [i for i, row in enumerate(rows) if math.isfinite(row["dice"])]
     order = sorted(with_dice, key=lambda i: -rows[i]["dice"]) or [*range(len(rows))][:each]
     middle = max(0, len(order) // 2 - each // 2)
-    cases = {}  # a case keeps the first of its labels, where there are few
-    for label, part in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle:middle + each])):
-        cases |= {i: label for i in part if i not in cases}
+    parts = {"median": order[middle:middle + each], "worst": order[-each:], "best": order[:each]}
+    cases = {i: label for label, part in parts.items() for i in part}  # of several, the last one, where there are few
     plot_cases(path, model, [(entries[i], cases[i], case_caption(rows[i])) for i in order if i in cases],
                "Best, median and worst images")
 

@@ -5,7 +5,6 @@ from math import log, nan
 
 import numpy as np
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 from conftest import script
 
@@ -55,29 +54,6 @@ MIXED = batch([THREE_QUARTERS] * 3 + [HALF]), batch([1, 1, 1, 0])  # TP = 2.25, 
 ])
 def test_the_value_of_a_loss_by_hand(criterion, images, expected):
     assert criterion(*images).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_missed_tumour_costs_more_than_a_false_alarm():
-    """Sure predictions with TP = 4 and either four pixels missed (alpha 0.7) or four too many (beta 0.3).
-
-    TI is 5 / (4 + 2.8 + 1) or 5 / (4 + 1.2 + 1).
-    """
-    sure = 50.0
-    missed = script.FocalTverskyLoss()(batch([sure] * 4 + [-sure] * 8), batch([1] * 8 + [0] * 4)).item()
-    alarm = script.FocalTverskyLoss()(batch([sure] * 8 + [-sure] * 4), batch([1] * 4 + [0] * 8)).item()
-    assert missed == pytest.approx((1 - 5 / 7.8) ** 0.75, abs=1e-6)
-    assert alarm == pytest.approx((1 - 5 / 6.2) ** 0.75, abs=1e-6)
-
-
-def test_smp_names_the_weights_the_other_way_round():
-    """smp's alpha weighs false alarms, and its gamma is the exponent itself: both numbers have to be turned round."""
-    logits, targets = random_batch(1, 32, seed=3)
-    targets[:, :, 8:24, 8:24] = 1
-    ours = script.FocalTverskyLoss(alpha=0.7, beta=0.3, gamma=4 / 3, smooth=0.0)(logits, targets).item()
-    turned = smp.losses.TverskyLoss("binary", alpha=0.3, beta=0.7, gamma=3 / 4)(logits, targets).item()
-    unchanged = smp.losses.TverskyLoss("binary", alpha=0.7, beta=0.3, gamma=4 / 3)(logits, targets).item()
-    assert ours == pytest.approx(turned, abs=1e-4)
-    assert abs(ours - unchanged) > 0.02
 
 
 # --- what all losses promise
@@ -232,16 +208,21 @@ def test_counts_at_all_thresholds_equal_counting_them_one_by_one():
             (found, mask > 0), (found, mask == 0), (~found, mask > 0), (~found, mask == 0))]
 
 
+def validated(logits, targets, size, criterion):
+    """validate() by a network that returns these logits [N, 1, S, S], in batches of a size."""
+    images, cfg, model = logits.repeat(1, 3, 1, 1), script.default_settings(), torch.nn.Module()
+    model.forward, cfg.PRECISION = lambda shown: shown[:, :1], "float32"
+    return script.validate(model, list(zip(images.split(size), targets.split(size))), criterion, torch.device("cpu"),
+                           cfg=cfg)
+
+
 def test_validation_scores_do_not_depend_on_the_batch_size():
     """Means over all images and their counts, never over batches; 5 images in batches of 2, 2, 1 or all at once."""
     logits, targets = random_batch(5, 64, seed=5)
-    images, cfg, model = logits.repeat(1, 3, 1, 1), script.default_settings(), torch.nn.Module()
-    model.forward, cfg.PRECISION = lambda shown: shown[:, :1], "float32"
     expected = script.summarize(script.image_metrics(logits.sigmoid(), targets))
     expected["valid_loss"] = script.LOSSES["dice_bce"](logits, targets).item()
     for size in (5, 2, 1):
-        found = script.validate(model, list(zip(images.split(size), targets.split(size))), script.LOSSES["dice_bce"],
-                                torch.device("cpu"), cfg=cfg)
+        found = validated(logits, targets, size, script.LOSSES["dice_bce"])
         assert found == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
     assert abs(expected["dice"] - expected["pooled_dice"]) > 0.01
 
@@ -249,10 +230,7 @@ def test_validation_scores_do_not_depend_on_the_batch_size():
 def test_a_loss_that_is_not_finite_is_not_left_out_as_undefined_scores_are():
     logits, targets = random_batch(3, 64, seed=5)
     logits[1] = nan
-    images, cfg, model = logits.repeat(1, 3, 1, 1), script.default_settings(), torch.nn.Module()
-    model.forward, cfg.PRECISION = lambda shown: shown[:, :1], "float32"
-    found = script.validate(model, list(zip(images.split(1), targets.split(1))), script.dice_loss, torch.device("cpu"),
-                            cfg=cfg)
+    found = validated(logits, targets, 1, script.dice_loss)
     assert found["valid_loss"] != found["valid_loss"] and 0 <= found["dice"] <= 1
 
 
@@ -323,15 +301,19 @@ def test_lesions_are_counted_by_hand(truth, prediction, expected):
 # --- confidence intervals
 
 
-def test_confidence_intervals_that_are_known_by_hand():
-    """All values equal: no width. Two values: a quarter of the resamples is all 0, a quarter all 1."""
-    assert script.confidence_interval(np.full(9, 0.75)) == [0.75, 0.75]
-    assert script.confidence_interval(np.array([0.25])) == [0.25, 0.25]
-    assert script.confidence_interval(np.array([0.0, 1.0])) == [0.0, 1.0]
+@pytest.mark.parametrize("values, patients, expected", [
+    ([0.75] * 9, None, [0.75] * 2), ([0.25], None, [0.25] * 2), ([0.3] * 5, [*"aabbc"], [0.3] * 2),  # no width
+    ([0.0, 1.0], None, [0, 1]),  # a quarter of the resamples is all 0, a quarter all 1
+    ([0.0, 0.0, 1.0], [*"aab"], [0, 1])])  # a twice: 0; b twice: 1; both: 1/3, the mean over three images
+def test_confidence_intervals_that_are_known_by_hand(values, patients, expected):
+    assert script.confidence_interval(np.array(values), patients) == pytest.approx(expected)
 
 
 def test_a_confidence_interval_of_many_values_is_that_of_the_normal_distribution():
-    """The mean, and 1.96 standard errors on either side; so four times the values halve it."""
+    """The mean, and 1.96 standard errors on either side; so four times the values halve it.
+
+    Three images of each patient that are alike change nothing; as if they were independent, it would be too narrow.
+    """
     widths = []
     for count in (250, 1000):
         values = np.random.default_rng(3).beta(2, 1, count)
@@ -339,6 +321,9 @@ def test_a_confidence_interval_of_many_values_is_that_of_the_normal_distribution
         error = 1.96 * values.std() / count ** 0.5
         assert [low, high] == pytest.approx([values.mean() - error, values.mean() + error], abs=0.15 * error)
         widths.append(high - low)
+        alike, patients = values.repeat(3), np.arange(count).repeat(3)
+        assert script.confidence_interval(alike, patients) == pytest.approx([low, high])
+        assert np.ptp(script.confidence_interval(alike)) == pytest.approx(widths[-1] / 3 ** 0.5, rel=0.15)
     assert widths[1] == pytest.approx(widths[0] / 2, rel=0.15)
 
 
@@ -391,25 +376,3 @@ def test_what_a_set_does_not_have_is_absent():
     found = script.final_scores(counts((0, 0, 0), (0, 0, 0)), ["a", "b"])
     assert (found["tumour_free_predicted_empty"], found["dice_of_whole_image"]) == (1, 0)
     assert not {"dice", "iou", "precision", "recall", "pooled_dice", "dice_per_patient_mean"} & {*found}
-
-
-def test_an_interval_of_two_patients_by_hand():
-    """Of a with 0 and 0 and b with 1, resamples are a twice: 0; b twice: 1; both: 1/3, the mean over three images."""
-    values, patients = np.array([0.0, 0.0, 1.0]), ["a", "a", "b"]
-    assert script.confidence_interval(values, patients) == [0, 1]
-    assert script.confidence_interval(np.full(5, 0.3), [*"aabbc"]) == pytest.approx([0.3, 0.3])
-    assert script.confidence_interval(values, [*"abc"]) == script.confidence_interval(values)
-
-
-def test_the_interval_over_patients_covers_the_truth_where_images_of_a_patient_are_alike():
-    """95 % of the intervals should hold the true mean; those over images, as if they were independent, do not."""
-    rng, hits, trials = np.random.default_rng(0), np.zeros(2), 200
-    for _ in range(trials):
-        sizes = rng.integers(4, 20, 50)
-        patients = np.repeat(np.arange(50), sizes)
-        values = 0.7 + 0.15 * rng.standard_normal(50)[patients] + 0.1 * rng.standard_normal(len(patients))
-        for i, groups in enumerate((list(patients), None)):
-            low, high = script.confidence_interval(values, groups)
-            hits[i] += low <= 0.7 <= high
-    assert 0.90 <= hits[0] / trials <= 0.98
-    assert hits[1] / trials < 0.7
