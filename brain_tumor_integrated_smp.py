@@ -1646,8 +1646,7 @@ CONVENTION = ("A score is undefined where its denominator is 0, and is then left
 def image_metrics(probabilities: torch.Tensor, masks: torch.Tensor, threshold: float = 0.5) -> dict[str, torch.Tensor]:
     """Scores of each image: float64 [B] tensors by name, on the same device. Tumour is probability >= threshold.
 
-    probabilities: float32 [B, 1, H, W], 0..1. masks: any dtype [B, 1, H, W], 0 or 1. A metric that is added here
-    reaches the history, the tables, the JSON, and the printed scores.
+    probabilities: float32 [B, 1, H, W], 0..1. masks: any dtype [B, 1, H, W], 0 or 1.
     """
     counts = smp.metrics.get_stats(probabilities, masks.long(), mode="binary", threshold=threshold)
     counts = [count[:, 0].double() for count in counts]
@@ -1664,16 +1663,19 @@ def metrics_from_counts(tp: torch.Tensor, fp: torch.Tensor, fn: torch.Tensor, tn
             "recall": tp / (tp + fn), "specificity": tn / (tn + fp)}
 
 
-def mean_of_defined(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the first dimension of those values that are finite (NaN if none is), and how many they are."""
-    defined = values.isfinite()
-    return torch.where(defined, values, 0).sum(0) / defined.sum(0), defined.sum(0)
+def mean_score(name: str, values: torch.Tensor, owners: np.ndarray | None = None) -> dict:
+    """NAME: the mean over those of [N] values that are defined, and NAME_n: their number, if not all are.
 
-
-def mean_score(name: str, values: torch.Tensor) -> dict[str, float]:
-    """NAME: the mean over [N] values, and NAME_n: how many of them are defined, if not all are; {} if none is."""
-    mean, count = (value.item() for value in mean_of_defined(values))
-    return ({name: mean} if count else {}) | ({f"{name}_n": count} if 0 < count < len(values) else {})
+    With owners, whose image each value is of, also NAME_95_ci: confidence_interval(). What there is not is absent.
+    """
+    defined, score = values.isfinite(), {}
+    if defined.any():
+        score[name] = values[defined].mean().item()
+        if not defined.all():
+            score[f"{name}_n"] = int(defined.sum())
+        if owners is not None and len({*owners[defined.numpy()]}) > 1:
+            score[f"{name}_95_ci"] = confidence_interval(values[defined].numpy(), owners[defined.numpy()])
+    return score
 
 
 def summarize(scores: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -1696,31 +1698,27 @@ def final_scores(scores: dict[str, torch.Tensor], patients: list[str] | None = N
     tumour_free_predicted_empty: the share of the other images in which no tumour is predicted.
     dice_per_patient_mean, _median: over patients (a name for each image, or None), of the Dice of all pixels of a
     patient. dice_without_near_duplicates: of the images that leaks (whether each looks like one in train) leaves.
-    dice_of_whole_image: of a prediction that marks every pixel. NAME_95_ci: confidence_interval(). What a set does not
-    have is absent.
+    dice_of_whole_image: of a prediction that marks every pixel. For NAME_n and NAME_95_ci see mean_score(). What a set
+    does not have is absent.
     """
-    result, scores = summarize(scores), {name: values.numpy() for name, values in scores.items()}
-    annotated = scores["true_positive_px"] + scores["false_negative_px"]
-    tumour, owners = annotated > 0, np.array(patients or range(len(annotated)))
-    values = {name: (scores[name], owners) for name in ("dice", "iou")}
-    values |= {f"{name}_with_tumour": (scores[name][tumour], owners[tumour]) for name in ("dice", "iou")}
+    annotated = (scores["true_positive_px"] + scores["false_negative_px"]).numpy()
+    result, tumour, owners = summarize(scores), annotated > 0, np.array(patients or range(len(annotated)))
+    for name in ("dice", "iou"):
+        result |= mean_score(name, scores[name], owners)
+        result |= mean_score(f"{name}_with_tumour", scores[name][tumour], owners[tumour])
     if patients:
         names, groups = np.unique(patients, return_inverse=True)
         counts = [torch.from_numpy(np.bincount(groups, scores[name])) for name in COUNTS]
-        values["dice_per_patient_mean"] = metrics_from_counts(*counts)["dice"].numpy(), names
+        dice = metrics_from_counts(*counts)["dice"]
+        result |= mean_score("dice_per_patient_mean", dice, names)
+        if dice.isfinite().any():
+            result["dice_per_patient_median"] = float(np.nanmedian(dice))
     if leaks and any(leaks):
         alone = ~np.array(leaks)
-        values["dice_without_near_duplicates"] = scores["dice"][alone], owners[alone]
-    for name, (found, whose) in values.items():
-        result |= mean_score(name, torch.from_numpy(found))
-        found, whose = found[np.isfinite(found)], whose[np.isfinite(found)]
-        if name == "dice_per_patient_mean" and len(found):
-            result["dice_per_patient_median"] = float(np.median(found))
-        if len(set(whose)) > 1:
-            result[f"{name}_95_ci"] = confidence_interval(found, whose)
+        result |= mean_score("dice_without_near_duplicates", scores["dice"][alone], owners[alone])
     if not tumour.all():
-        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"] == 0)[~tumour].mean())
-    pixels = sum(scores[name] for name in COUNTS)
+        result["tumour_free_predicted_empty"] = float((scores["false_positive_px"].numpy() == 0)[~tumour].mean())
+    pixels = sum(scores[name] for name in COUNTS).numpy()
     return result | {"dice_of_whole_image": float((2 * annotated / (annotated + pixels)).mean())}
 
 
@@ -2484,7 +2482,7 @@ def load_for_evaluation(cfg: Settings, checkpoint: Path, splits: dict[str, Split
 def choose_threshold(model: torch.nn.Module, valid: BrainTumorDataset) -> np.ndarray:
     """Give the model the threshold with the highest Dice on valid. Returns the Dice, a mean over images, at each."""
     counts = torch.from_numpy(np.stack(evaluate_split(model, valid, counts_per_threshold, "valid"))).double()
-    dice = mean_of_defined(metrics_from_counts(*counts.unbind(-1))["dice"])[0].nan_to_num(0).numpy()
+    dice = metrics_from_counts(*counts.unbind(-1))["dice"].nanmean(0).nan_to_num(0).numpy()
     equal = np.flatnonzero(dice >= dice.max() - 1e-12)
     chosen = min(equal, key=lambda i: abs(THRESHOLDS[i] - 0.5))  # of equally good ones the one closest to 0.5
     model.prediction_settings["threshold"] = float(THRESHOLDS[chosen])
@@ -2662,7 +2660,7 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
                 finding |= {} if entry.annotated else {"kind": "tumour in an image without annotation"}
                 rows.append(({"split": name, "file_name": entry.file_name} | finding, entry))
     rows.sort(key=lambda row: -row[0]["confidence"] * (1 - row[0]["dice"]))
-    mean = float(mean_of_defined(torch.tensor(dice))[0])
+    mean = mean_score("dice", torch.tensor(dice)).get("dice", math.nan)
     log(f"\nOn the {plural(len(dice), 'annotated image')} the model has "
         + ("no Dice." if math.isnan(mean) else f"a Dice of {mean:.2f}."))
     if rows and not mean >= WEAK_MODEL:
@@ -2835,8 +2833,8 @@ PAGE = 6.3  # inches: 16 cm, the width of a text column
 COLUMNS = 6  # pictures beside each other; 17 letters fit above and below each
 PRINT = matplotlib.rc_context({  # for figures on such a page: no letters below 7 points
     "font.size": 7, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
-    "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4,
-    "legend.handlelength": 1.2, "legend.borderpad": 0.3, "legend.labelspacing": 0.3})
+    "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4, "axes.grid": True,
+    "grid.alpha": 0.3, "legend.handlelength": 1.2, "legend.borderpad": 0.3, "legend.labelspacing": 0.3})
 
 
 def shortened(file_name: str, room: int = 17) -> str:
@@ -2922,7 +2920,6 @@ def plot_history(path: Path, history: list[dict], images: int, vector: bool = Fa
                      label=f"best: epoch {best['epoch']} ({best.get('dice', 0):.3f})" if axis is scores else None)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axis.grid(alpha=0.3)
     rates = [row["lr"] for row in history]
     # The rate of an epoch is that of its last step: where it grows from the first epoch on, that is the warm-up.
     warm = next((i for i in range(len(rates) - 1) if rates[i + 1] <= rates[i]), 0)
@@ -2982,8 +2979,6 @@ def plot_report(path: Path, name: str, rows: list[dict], sizes: np.ndarray, scor
         axis.axvline(threshold, color="gray", linestyle="--", label=f"chosen: {threshold:.2f}")
         axis.set(title="valid: Dice and threshold", xlabel="threshold", ylabel="mean Dice", xlim=(0, 1), ylim=(0, 1))
         axis.legend()
-    for axis in (histogram, size, *curve):
-        axis.grid(alpha=0.3)
     save_figure(path, figure, vector=bool(curve))
 
 

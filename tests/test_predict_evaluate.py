@@ -1022,8 +1022,8 @@ def test_planted_mistakes_come_first_in_table_and_picture(tmp_path, tiny, capsys
     (name, cases), = shown
     assert [name, *(entry.file_name for entry, _, _ in cases)] == ["label_check.png", *(r["file_name"] for r in rows)]
     out = capsys.readouterr().out
-    assert ("The model contradicts 2 x annotated tumour that is not seen, 1 x tumour in an image without annotation, 1 x "
-            "outlines that hardly overlap.\n") in out
+    assert ("The model contradicts 2 x annotated tumour that is not seen, 1 x tumour in an image without annotation, "
+            "1 x outlines that hardly overlap.\n") in out
     assert "label_check.png shows the first 4" in out
     # Of six annotated images three are right, in one a part is, two are not seen at all.
     dice = (1 + 7 / 8 + 1 + 2 * 6 / 32) / 6
