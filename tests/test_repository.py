@@ -68,7 +68,7 @@ def test_every_output_file_is_explained_and_ignored_by_git(name):
 
 
 @pytest.mark.parametrize("name", [".brain_tumor.lock", ".unet_plusplus_last.pth.tmp", "earlier_run_20260101-000000_1",
-                                  "predictions", "predictions_2", "__pycache__", ".venv"])
+                                  "predictions", "predictions_2", "evaluation", "evaluation_2", "__pycache__", ".venv"])
 def test_other_things_that_a_run_leaves_are_ignored_too(name):
     assert any(fnmatch.fnmatch(name, pattern) for pattern in IGNORED)
 
