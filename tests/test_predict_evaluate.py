@@ -248,21 +248,17 @@ def test_without_torchvision_they_come_from_the_hub_and_then_from_its_cache(torc
     assert loaded() == (0.25, "imagenet (Hugging Face hub)") and "WARNING" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("hub", [{"answers": False}, {}, {"hub": 0.25, "status": 403}], ids=["silent", "404", "403"])
-def test_where_neither_has_them_both_reasons_are_told(hub, servers):
-    servers(**hub)
+@pytest.mark.parametrize("given, reason", [
+    ({"answers": False}, "404"), ({}, "404"), ({"hub": 0.25, "status": 403}, "404"),
+    ({"torchvision": 0.5, "digest": "0123456789", "answers": False}, "invalid hash value"),
+    ({"torchvision": 0.5, "cut": 1000, "answers": False}, "")])
+def test_where_neither_has_sound_weights_both_reasons_are_told(given, reason, servers, capsys):
+    """The hub is silent, or answers with 404 or 403; torchvision's have another digest, or are cut short."""
+    path = servers(**given)
     value, origin = loaded()
-    assert value == "random" and origin.startswith("random (torchvision: ") and "404" in origin
-    assert "; Hugging Face hub: " in origin
-
-
-@pytest.mark.parametrize("torchvision, reason", [
-    ({"digest": "0123456789"}, "invalid hash value"), ({"cut": 1000}, ""), ({"torchvision": None}, "404")])
-def test_weights_that_arrive_damaged_are_not_used(torchvision, reason, servers, capsys):
-    path = servers(**{"torchvision": 0.5, "answers": False} | torchvision)
-    value, origin = loaded()
-    assert value == "random" and origin.startswith("random (torchvision: ") and not path.is_file()
-    assert reason in origin.partition("; Hugging Face hub: ")[0] and "RANDOM weights" in capsys.readouterr().err
+    of_torchvision, of_hub, _ = origin.partition("; Hugging Face hub: ")
+    assert value == "random" and of_torchvision.startswith("random (torchvision: ") and of_hub
+    assert reason in of_torchvision and not path.is_file() and "RANDOM weights" in capsys.readouterr().err
 
 
 def test_a_damaged_file_in_the_cache_does_not_keep_the_hub_from_being_asked(servers):
@@ -599,8 +595,7 @@ def test_without_any_dice_a_run_takes_it_for_0_and_writes_no_nan(tmp_path, monke
     assert "none is predicted: there is no Dice." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("augmented", [False, True])
-def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny, augmented):
+def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny):
     """Pixels are counted here. The images differ in size: threads must not mix up their order."""
     cases, data, path = [], tmp_path / "data", saved(tmp_path / "run", bright(20, 0.58, shift=1))
     for i, (height, width) in enumerate([(160, 200), (64, 64), (90, 130), (150, 70), (31, 48), (64, 64), (128, 128)]):
@@ -608,7 +603,7 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny,
         cases.append(([where], np.maximum(blurred, filled([(*where, 160)], (height, width)))))
     write_cases(data / "test", *cases)
     write_cases(data / "valid", *cases[4:])
-    _, rows = finish(path, data, *["--test-time-augmentation"] * augmented)
+    _, rows = finish(path, data, "--test-time-augmentation")
     assert [row | {"file_name": ""} for row in table(path.parent / "valid_metrics.csv")] == [
         row | {"file_name": ""} for row in rows[4:]]
     model, total = script.load_model(path, "cpu"), 0
@@ -883,6 +878,7 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
                  "d.dcm", "e.nii.gz", "f.nii.gz", "notes"):
         (scans / name).parent.mkdir(exist_ok=True)
         (scans / name).write_bytes(cv2.imencode(".png", noise(64, 64, 3))[1].tobytes())
+    (scans / "full.jpg").write_bytes(b"no image")
     (scans / "closed").mkdir()
 
     def scandir(folder, inner=os.scandir):
@@ -899,7 +895,8 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
     monkeypatch.setattr(script, "write_image", write_image)
     assert predict(path, out, scans) == 2
     text, err = capsys.readouterr()
-    assert "1 of 5 files failed:\n  - cannot write" in err and "Traceback" not in err
+    assert "2 of 6 files failed:\n  - " in err and f"cannot write {out}" in err and "Traceback" not in err
+    assert str(scans / "full.jpg") in err
     lines = {line.removeprefix("Left out: ") for line in text.splitlines() if line.startswith("Left out: ")}
     assert lines == {"2 files named like a mask or an overlay", "1 file named *.dcm", "2 files named *.gz",
                      "1 file without suffix"}
@@ -942,33 +939,26 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert (cfg.DATA_DIR, cfg.OUTPUT_DIR) == (str(tmp_path), str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("metadata, percentiles", [({"grey_percentiles": [0.1, 99.9]}, 255), ({}, 4)])
-def test_a_16_bit_scan_is_read_as_the_model_was_trained(metadata, percentiles, tmp_path, tiny, monkeypatch):
-    """Models from before the percentiles know the whole range only: with one hot pixel it is dark."""
-    path, seen = saved(tmp_path / "run"), []
-    old = script.read_metadata(path)[0]
-    del old["grey_percentiles"]
-    script.write_metadata(path, old | metadata)
+@pytest.mark.parametrize("percentiles, brightest", [((0.1, 99.9), 255), ((0, 100), 4)])
+def test_a_16_bit_scan_is_read_as_the_model_was_trained(percentiles, brightest, tmp_path, tiny, monkeypatch):
+    """With one hot pixel, the whole range is dark."""
+    path, seen = saved(tmp_path / "run", grey_percentiles=percentiles), []
     grey = np.linspace(0, 1000, 64 * 64).reshape(64, 64).astype(np.uint16)
     grey[0, 0] = 65535
     (tmp_path / "a.png").write_bytes(cv2.imencode(".png", grey)[1].tobytes())
     nothing = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.float32)
     monkeypatch.setattr(script, "segment", lambda model, image: seen.append(image) or nothing)
     assert predict(path, tmp_path / "out", tmp_path / "a.png") == 0
-    assert abs(int(seen[0][1:].max()) - percentiles) <= 1
+    assert abs(int(seen[0][1:].max()) - brightest) <= 1
 
 
-def test_predict_says_what_it_could_not_find_or_read_and_does_the_rest(data, tmp_path, tiny, capsys):
+def test_a_command_without_its_files_says_which(data, tmp_path, tiny, capsys):
     path, out = saved(tmp_path), tmp_path / "out"
-    scans = write_scans(tmp_path, "bad.png", "good.png")
     (tmp_path / "empty").mkdir()
-    scans[0].write_bytes(b"no image")
-    for checkpoint, sources, words in (
-            (path, [tmp_path / "gone.png"], "gone.png"), (path, [tmp_path / "empty"], "no images found in"),
-            (path.with_name("gone.pth"), scans, "gone.pth"), (path, scans, "1 of 2 files failed:\n  - ")):
-        assert predict(checkpoint, out, *sources) == 2 and words in capsys.readouterr().err
-    assert names(out) == ["predictions"] and names(out / "predictions" / "masks") == ["good.png"]
-    assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2
+    for checkpoint, source, words in ((path, "gone.png", "gone.png"), (path, "empty", "no images found in"),
+                                      (path.with_name("gone.pth"), "..", "gone.pth")):
+        assert predict(checkpoint, out, tmp_path / source) == 2 and words in capsys.readouterr().err
+    assert main("--evaluate", "--data-dir", data, "--output-dir", out) == 2 and names(out) == []
     assert f"no checkpoint to evaluate: {out / script.BEST}" in capsys.readouterr().err
 
 
