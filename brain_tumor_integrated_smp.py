@@ -1475,26 +1475,35 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     """A network with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
 
     Any nn.Module that does this may be returned instead: load_model() calls this function too, and the JSON names the
-    class. Weights whose name begins with "encoder." count as pretrained, see build_optimizer().
-    encoder_weights: "imagenet" (downloaded), None, or a local file of the encoder's weights.
-    Returns (model, where its weights come from: "random ..." or anything else). When the download is impossible, the
-    model starts from random weights, with a warning. Raises TrainerError for a local file that does not fit.
+    class. encoder_weights is None where weights are loaded afterwards, or come from the first of several processes.
+    Returns (model, where its weights come from, as load_encoder_weights() says it). Of a network of your own:
+    "random" if none of its weights are pretrained; otherwise any other text. Then those whose name begins with
+    "encoder." count as pretrained, or all if there are none, see build_optimizer().
     """
-    unfit = f"{architecture} cannot be built with ENCODER = {encoder!r}, ENCODER_WEIGHTS = {encoder_weights!r}"
     try:
         model = smp.create_model(architecture, encoder, encoder_weights=None, in_channels=3, classes=1)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise TrainerError(f"{unfit}: {error}") from None
+        raise TrainerError(f"{architecture} cannot be built with ENCODER = {encoder!r}: {error}") from None
+    return model, load_encoder_weights(model.encoder, encoder, encoder_weights)
+
+
+def load_encoder_weights(module: torch.nn.Module, encoder: str, encoder_weights: str | None) -> str:
+    """Load weights into an encoder of smp's: "imagenet" (downloaded), a local file of them, or None, which loads none.
+
+    Returns where they come from: "imagenet (...)", "file ..." or "random ...". When the download is impossible, the
+    encoder stays random, with a warning. Raises TrainerError for a local file that does not fit, and for an encoder
+    that has no ImageNet weights.
+    """
     if encoder_weights is None:
-        return model, "random"
+        return "random"
     if encoder_weights != "imagenet":
-        load_weights(model.encoder, read_weights(encoder_weights), encoder_weights)
-        return model, f"file {encoder_weights}"
+        load_weights(module, read_weights(encoder_weights), encoder_weights)
+        return f"file {encoder_weights}"
     log("Getting ImageNet weights for the encoder (downloaded once, then from the local cache) ...")
     try:
-        return model, load_imagenet_weights(model.encoder, encoder)
+        return load_imagenet_weights(module, encoder)
     except KeyError as error:  # there are none
-        raise TrainerError(f"{unfit}: {error}") from None
+        raise TrainerError(f"ENCODER = {encoder!r} cannot have ENCODER_WEIGHTS = 'imagenet': {error}") from None
     except ConnectionError as error:
         warn(f"no ImageNet weights ({error}).\n"
              "Training starts from RANDOM weights, with LR_FROM_SCRATCH, and needs more epochs for the same masks.\n"
@@ -1502,7 +1511,7 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
              "  - where the hub is blocked, name a mirror in the environment: HF_ENDPOINT=https://<a mirror>\n"
              "  - or download the file elsewhere and set ENCODER_WEIGHTS to it (--encoder-weights FILE)\n"
              "  - or choose the random start yourself: ENCODER_WEIGHTS = None (--encoder-weights none)")
-        return model, f"random ({error})"
+        return f"random ({error})"
 
 
 DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer until a server is given up

@@ -523,7 +523,8 @@ def test_where_the_weights_come_from_is_kept(words, origin, monkeypatch, tmp_pat
         return "imagenet (torchvision)"
 
     model = encoder_and_decoder()
-    monkeypatch.setattr(script.smp, "create_model", lambda *_, **__: model)
+    monkeypatch.setattr(script, "build_model", lambda encoder, weights, _: (
+        model, script.load_encoder_weights(model.encoder, encoder, weights)))
     monkeypatch.setattr(script, "load_imagenet_weights", load_imagenet_weights)
     file = str(tmp_path / "file.pth")
     torch.save((model if "init" in words else model.encoder).state_dict(), file)
