@@ -46,6 +46,12 @@ def tiny_build_model(*_):
                                torch.nn.Dropout(0.1), torch.nn.Conv2d(4, 1, 1)), "random"
 
 
+def smp_build_model(encoder, weights, architecture):
+    """Instead of build_model(), where the network is that of the settings, whatever is edited."""
+    model = script.smp.create_model(architecture, encoder, encoder_weights=None)
+    return model, script.load_encoder_weights(model.encoder, encoder, weights)
+
+
 def warmup_and_plateau(optimizer, cfg, _steps_per_epoch):
     """Instead of build_schedulers(), where the schedule does not matter: EPOCHS may be raised, whatever is edited."""
     schedules = torch.optim.lr_scheduler

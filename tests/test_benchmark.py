@@ -7,8 +7,9 @@ import benchmark
 import cv2
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
-from conftest import script, tiny_build_model
+from conftest import script, smp_build_model, tiny_build_model
 
 PARTS = [(part, version) for part, versions in benchmark.VERSIONS.items() for version in versions]
 OPTIONS = ["--img-size", "64", "--batch-size", "2", "--images", "4", "--valid", "3", "--workers", "0",
@@ -114,9 +115,10 @@ def test_the_sentence_hides_no_defeat():
         "(medians of 3 pairs; reached in 1, factors 0.0 ... 1.3)")
 
 
-def test_the_pretrained_version_has_its_own_encoder_and_weights(data, tmp_path):
+def test_the_pretrained_version_has_its_own_encoder_and_weights(data, tmp_path, monkeypatch):
     """Its options reach the process that measures it, and no other version."""
-    path, encoder = tmp_path / "encoder.pth", script.build_model("resnet18", None)[0].encoder.state_dict()
+    monkeypatch.setattr(script, "build_model", smp_build_model)
+    path, encoder = tmp_path / "encoder.pth", smp.encoders.get_encoder("resnet18", weights=None).state_dict()
     torch.save({name: torch.full_like(value, 0.25) for name, value in encoder.items()}, path)
     words = ["--encoder", "resnet18", "--encoder-weights", path, "--mean", *[0.5] * 3, "--std", *[0.25] * 3]
     words = [*OPTIONS, "--data", str(data), "--epochs", "1", *map(str, words)]

@@ -18,7 +18,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from background import arguments, assert_same_run, read, run
-from conftest import FAST, SCRIPT, script, tiny_build_model, write_data
+from conftest import FAST, SCRIPT, script, smp_build_model, tiny_build_model, write_data
 from test_run import kill_later
 from test_settings import edited, help_text, refused
 from test_step import batches, new_trainer, train
@@ -348,7 +348,7 @@ def test_needless_constants_may_be_deleted(tmp_path, capsys):
 
 def run_edited(copied, folder, *words, network=tiny_build_model):
     """Train one epoch with an edited copy. Returns (history, metadata, test rows) from its files."""
-    copied.build_model = network or copied.build_model
+    copied.build_model = network
     data, out = write_data(folder / "data", 4, 2, 2, size=64), folder / "out"
     assert copied.main([*FAST, "--data-dir", str(data), "--output-dir", str(out), *words]) == 0
     return rows_of(out / "training_history.csv"), metadata_of(out), rows_of(out / "test_metrics.csv")
@@ -374,11 +374,12 @@ def test_another_augmentation_step(tmp_path):
         assert np.array_equal(mask, same) and np.array_equal(image, 255 - plain if training else plain)
 
 
-def test_another_architecture(tmp_path):
+def test_another_architecture(tmp_path, monkeypatch):
     """The JSON holds it, and load_model() follows the JSON wherever it is called."""
     copied = edited(tmp_path, '^ARCHITECTURE = "unetplusplus"', 'ARCHITECTURE = "linknet"')
-    _, metadata, _ = run_edited(copied, tmp_path, network=None)
+    _, metadata, _ = run_edited(copied, tmp_path, network=smp_build_model)
     assert metadata["architecture"] == metadata["settings"]["ARCHITECTURE"] == "linknet"
+    monkeypatch.setattr(script, "build_model", smp_build_model)
     model = script.load_model(tmp_path / "out" / script.BEST, "cpu")
     assert isinstance(model, smp.Linknet) and script.predict_mask(model, np.zeros((9, 7, 3), np.uint8)).shape == (9, 7)
 

@@ -14,7 +14,6 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 from background import TIMING
 from conftest import ROOT, run_script, script
@@ -263,7 +262,7 @@ def test_output_into_a_file_is_free_of_bars_and_warnings(trained):
 def test_the_checkpoint_holds_nothing_but_plain_cpu_tensors(out):
     """Loaded without map_location, as by the README's recipe."""
     state = torch.load(out / script.BEST, weights_only=True)
-    assert list(state) == list(smp.UnetPlusPlus("resnet34", encoder_weights=None).state_dict())
+    assert list(state) == list(script.build_model("resnet34")[0].state_dict())
     for name, value in state.items():
         assert value.device == CPU and value.is_contiguous() and not value.requires_grad
         assert value.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from conftest import FAST, ROOT, box, script, tiny_build_model, write_coco, write_data
+from conftest import FAST, ROOT, box, script, smp_build_model, tiny_build_model, write_coco, write_data
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import save_file
@@ -150,9 +150,14 @@ def test_encoder_weights_come_from_a_local_file(tmp_path, name, more):
     assert all((value == 0.25).all() or value.dtype == torch.int64 for value in encoder.state_dict().values())
 
 
-def test_build_model_loads_them_into_the_encoder_alone(tmp_path):
+def test_build_model_makes_a_network_of_smps_and_loads_weights_into_its_encoder_alone(tmp_path):
+    """UNet++ does not take every encoder."""
+    with pytest.raises(script.TrainerError, match="mit_b0"):
+        script.build_model("mit_b0")
+    assert type(script.build_model("resnet18", None, "linknet")[0]) is smp.Linknet
     path = encoder_file(tmp_path / "encoder.pth")
     model, origin = script.build_model("resnet18", str(path))
+    assert list(model.state_dict()) == list(smp.UnetPlusPlus("resnet18", encoder_weights=None).state_dict())
     assert all((value == 0.25).all() for value in model.encoder.parameters()) and origin == f"file {path}"
     assert not any((value == 0.25).all() for value in model.decoder.parameters())
 
@@ -319,11 +324,6 @@ def test_without_a_download_a_run_starts_at_random_and_says_so_loudly_twice(erro
     assert origin.startswith("random (torchvision: ") and type(error).__name__ in origin
 
 
-def test_an_encoder_that_unet_plus_plus_does_not_take_is_an_error():
-    with pytest.raises(script.TrainerError, match="mit_b0"):
-        script.build_model("mit_b0", "imagenet")
-
-
 def test_an_encoder_without_imagenet_weights_is_an_error_and_not_a_random_start():
     """That is not the network's fault."""
     with pytest.raises(script.TrainerError, match="resnext101_32x4d"):
@@ -333,8 +333,9 @@ def test_an_encoder_without_imagenet_weights_is_an_error_and_not_a_random_start(
 # --- checkpoints and their metadata
 
 
-def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(tmp_path, capsys):
+def test_architecture_encoder_and_statistics_are_recorded_and_load_model_obeys(tmp_path, monkeypatch, capsys):
     """The constants say UNet++, ResNet34. Least data: one image to train, one to validate, no test."""
+    monkeypatch.setattr(script, "build_model", smp_build_model)
     data, out = write_data(tmp_path / "data", train=1, valid=1, test=0, size=64), tmp_path / "out"
     assert main(*FAST, "--architecture", "unet", "--mean", 0.4, 0.5, 0.6, "--data-dir", data, "--output-dir", out) == 0
     assert "There is no test score" in capsys.readouterr().out

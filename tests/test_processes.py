@@ -20,7 +20,6 @@ from pathlib import Path
 
 import background
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
 from background import TIMING, Process, copy_run, read, run, scratch
@@ -360,7 +359,7 @@ def test_ctrl_c_stops_torchrun_and_all_it_started_and_the_run_can_go_on(tmp_path
     codes, outputs = together([*argv, "--epochs", str(epochs + 1), "--resume"], network=None)
     assert codes == [0, 0] and f"Continuing after epoch {epochs}" in outputs[0], outputs
     assert outputs[0].count(f"  {epochs + 1}/{epochs + 1} ") == outputs[0].count("Threshold") == 1
-    smp.UnetPlusPlus("resnet18", encoder_weights=None).load_state_dict(read(tmp_path / "out", script.BEST))
+    script.build_model("resnet18")[0].load_state_dict(read(tmp_path / "out", script.BEST))
 
 
 def kill_all(temporary):
