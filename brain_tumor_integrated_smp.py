@@ -1475,10 +1475,11 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     """A network with one output channel: normalised float32 [B, 3, S, S] to logits [B, 1, S, S], S divisible by 32.
 
     Any nn.Module that does this may be returned instead: load_model() calls this function too, and the JSON names the
-    class. encoder_weights is None where weights are loaded afterwards, or come from the first of several processes.
+    class. encoder_weights: see load_encoder_weights(); None, too, where all weights are loaded afterwards, or come
+    from the first of several processes.
     Returns (model, where its weights come from, as load_encoder_weights() says it). Of a network of your own:
-    "random" if none of its weights are pretrained; otherwise any other text. Then those whose name begins with
-    "encoder." count as pretrained, or all if there are none, see build_optimizer().
+    "random" if no weights are pretrained, "checkpoint ..." if all are, any other text if those are whose name begins
+    with "encoder."; build_optimizer() takes the rates from it. Raises TrainerError for what cannot be built or loaded.
     """
     try:
         model = smp.create_model(architecture, encoder, encoder_weights=None, in_channels=3, classes=1)

@@ -305,6 +305,7 @@ def test_another_network(tmp_path, monkeypatch):
     metadata = metadata_of(folder)
     assert metadata["model_class"] == "OwnNetwork" and not {"architecture", "encoder"} & {*metadata}
     OwnNetwork().load_state_dict(torch.load(folder / BEST))
+    monkeypatch.setattr(script, "build_model", smp_build_model)
     with pytest.raises(script.TrainerError, match="does not fit this model.*build_model"):
         script.load_model(folder / BEST, "cpu")
     monkeypatch.setattr(script, "build_model", lambda *_: (OwnNetwork(), "random"))
