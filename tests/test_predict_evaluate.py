@@ -284,7 +284,7 @@ def test_torchvision_is_asked_for_resnets_only(servers):
     """Its other files have other names for their weights."""
     servers(torchvision=0.5)
     value, origin = loaded("mobilenet_v2")
-    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and "torchvision" not in origin
+    assert value == "random" and origin.startswith("random (Hugging Face hub: ") and "torchvision: " not in origin
 
 
 def test_a_server_that_never_answers_is_given_up(servers, monkeypatch):

@@ -970,6 +970,7 @@ def without_compiler(script):
     importlib.import_module("torch._inductor.config")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=background.scratch())
     torch._inductor.config.cpp.cxx = ("/no/compiler",)
+    torch._inductor.config.force_disable_caches = True  # of what another run has compiled
 
 
 def test_compile_without_a_compiler_ends_with_a_sentence(tmp_path):
