@@ -973,9 +973,10 @@ def without_compiler(script):
     torch._inductor.config.force_disable_caches = True  # of what another run has compiled
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="it runs this tiny network without compiling it")
 def test_compile_without_a_compiler_ends_with_a_sentence(tmp_path):
     code, text = run(alone(tmp_path, "--compile"), without_compiler)
-    assert code == 1 and "COMPILE needs a C++ compiler" in text and "Traceback" not in text
+    assert code == 1 and "COMPILE needs a C++ compiler" in text and "Traceback" not in text, text
 
 
 def without_console(script):
