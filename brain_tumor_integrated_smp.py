@@ -10,7 +10,7 @@
     torchrun --nproc-per-node=2 brain_tumor_integrated_smp.py              two GPUs (on Linux), nothing to edit
 
 The data folder holds train/ and, if you have them, valid/ and test/, each with its images and `_annotations.coco.json`,
-or with a mask file for each image.
+or with a mask file for each image; or it holds the training images itself.
 For other code: `from brain_tumor_integrated_smp import load_model, predict_mask`. Importing does nothing else.
 Measured results, with command, hardware and versions, stand in tests/BENCHMARKS.md. The file follows the data: images
 and masks, checks and cache, augmentation and batches, model, losses, metrics, the training step, the epochs,
