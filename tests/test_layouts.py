@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import ROOT, script
 from PIL import Image
 from pycocotools import mask as coco_mask
 from test_contradictions import make, noise_picture, octagon
@@ -251,6 +251,17 @@ def test_five_folds_hold_out_every_image_once_and_the_test_share_is_the_same(pat
         test.append(names["test"])
     assert test == [test[0]] * 4 and len(test[0]) == 8
     assert sorted(found + test[0]) == sorted(f"p{i // 4}_{i}.png" for i in range(40))
+
+
+def test_five_runs_on_the_phantoms_are_a_cross_validation(tmp_path, tiny):
+    """As README puts it; every phantom is held out, and scored, once."""
+    shutil.copytree(ROOT / "train", tmp_path / "data" / "train")
+    runs = [run(tmp_path / "data", tmp_path / f"fold{fold}", "--fold", fold) for fold in range(5)]
+    found = sum((record["held_out"]["valid"] for record in runs), [])
+    assert sorted(found) == sorted(path.name for path in (ROOT / "train").glob("*.jpg"))
+    rows = [line.split(",")[0] for fold in range(5) for line in
+            (tmp_path / f"fold{fold}" / "valid_metrics.csv").read_text("utf-8-sig").splitlines()[1:]]
+    assert sorted(rows) == sorted(found) and all(0 <= record["valid_metrics"]["dice"] <= 1 for record in runs)
 
 
 def test_a_fold_needs_a_share_that_divides(tmp_path, capfd):
