@@ -413,7 +413,7 @@ def read_splits(folders: dict[str, Path], categories: tuple = (), skip_bad_image
         pairs = None if (folder / ANNOTATION_FILE).is_file() else read_pairs(folder)
         splits[name] = split = pairs or read_coco(folder, categories)
         for entry in split.entries:
-            if re.search("[\ud800-\udfff]", entry.path + entry.mask_path):  # on Linux, names may be any bytes
+            if not is_unicode(entry.path + entry.mask_path):
                 entry.problems.append(("its name is not Unicode, as archives in GBK or Big5 leave it: rename it", ""))
     refuse_problems(splits.values(), skip_bad_images)
     draw_mask_files(splits.values())
@@ -436,6 +436,11 @@ def list_images(split: Split) -> list[Path]:
 def is_mask_file(path: Path) -> bool:
     """Whether an image file is a mask, by its relative path: NAME_mask, NAME_mask_2, or anything below masks/."""
     return bool(MASK_END.search(path.stem)) or "masks" in map(str.lower, path.parts[:-1])
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a file name is text that can be written into a UTF-8 file; on Linux, names may be any bytes."""
+    return not re.search("[\ud800-\udfff]", name)
 
 
 def refuse_problems(splits: Iterable[Split], skip_bad_images: bool) -> list[str]:
@@ -2775,10 +2780,8 @@ def predict_file(model: torch.nn.Module, path: Path, name: str, folder: Path, co
 
     name: see find_images(). Raises TrainerError or OSError.
     """
-    try:
-        f"{path}{name}".encode()
-    except UnicodeEncodeError:  # annotation tools could not read the COCO file
-        raise TrainerError(f"{path}: its name, or that of a folder above it, is not Unicode; rename it") from None
+    if not is_unicode(f"{path}{name}"):  # annotation tools could not read the COCO file
+        raise TrainerError(f"{path}: its name, or that of a folder above it, is not Unicode; rename it")
     image = read_image(path, percentiles=model.prediction_settings["grey_percentiles"])
     mask, probability = segment(model, image)
     stem = Path(name).stem.encode()[:200].decode(errors="ignore")  # names may have 255 bytes
