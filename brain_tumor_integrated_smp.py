@@ -367,17 +367,24 @@ MASK_END = re.compile(r"_mask(_\d+)?$", re.IGNORECASE)  # of a file name; annota
 def find_splits(data_dir: Path) -> dict[str, Path]:
     """The folders of the splits in a data folder, by name of the split; case does not matter.
 
-    A data folder without any for train that holds images itself is train. Raises TrainerError if another folder in it
-    could be a split.
+    A data folder without any for train that holds images itself is train. Raises TrainerError if two folders are the
+    same split, or, beside images, another folder could be one.
     """
-    there = {path.name.lower(): path for path in sorted(data_dir.iterdir()) if path.is_dir()}
-    folders = {split: there[name] for split, names in SPLIT_NAMES.items() for name in reversed(names) if name in there}
+    there = [path for path in sorted(data_dir.iterdir()) if path.is_dir()]
+    folders = {}
+    for split, names in SPLIT_NAMES.items():
+        found = [path for path in there if path.name.lower() in names]
+        if len(found) > 1:
+            raise TrainerError(f"{found[0]} and {found[1]} are both a folder for {split}: move or rename one of them")
+        if found:
+            folders[split] = found[0]
     if "train" in folders or not any(path.suffix.lower() in IMAGE_SUFFIXES
                                      for path in list_files(data_dir, without=KNOWN_SPLITS)):
         return folders
-    for name in sorted(there.keys() - {*KNOWN_SPLITS}):
-        if LIKE_A_SPLIT.fullmatch(name) and not RESULTS.fullmatch(name):
-            raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {there[name]}; "
+    for path in there:
+        name = path.name.lower()
+        if LIKE_A_SPLIT.fullmatch(name) and not RESULTS.fullmatch(name) and name not in KNOWN_SPLITS:
+            raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {path}; "
                                f"splits are named {', '.join(KNOWN_SPLITS)}. Rename or move it")
     return {"train": data_dir} | folders
 

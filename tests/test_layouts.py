@@ -341,6 +341,15 @@ def test_folders_named_like_splits_are_these(names, splits, tmp_path, capfd):
     assert out.partition("\nData ")[2].splitlines()[0].split() == splits
 
 
+@pytest.mark.parametrize("first, second, split", [("train", "training", "train"), ("VAL", "valid", "valid")])
+def test_two_folders_for_one_split_are_refused(first, second, split, tmp_path, capfd):
+    data = pairs(tmp_path / "data", PLACES["masks"], 10, splits=("train", "valid"))
+    for name in {first, second} - {path.name for path in data.iterdir()}:
+        (data / name).mkdir()
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert f"{data / first} and {data / second} are both a folder for {split}" in message
+
+
 @pytest.mark.parametrize("name", ["train_set", "Validate", "holdout", "dev", "tests"])
 def test_a_folder_that_could_be_a_split_is_refused_beside_images(name, tmp_path, capfd):
     data = images_and_masks(tmp_path / "data")
