@@ -1041,7 +1041,7 @@ def find_patients(splits: dict[str, Split], pattern: str | None) -> None:
         entry.patient = (match and match[1]) or ""
     if missed := [entry.file_name for entry in entries if not entry.patient]:
         raise TrainerError(f"PATIENT_PATTERN {pattern} finds no patient in {len(missed)} of {len(entries)} file "
-                           f"names:{bullet_list(missed, 5)}")
+                           f"names:{bullet_list(missed, 5)}\nTo do without patients: --patient-pattern none")
 
 
 def natural_key(file_name: str) -> tuple:
@@ -1260,7 +1260,7 @@ def split_remarks(splits: dict[str, Split], categories: tuple) -> list[str]:
     missing = [entry.file_name for entry in entries if not entry.annotated]
     if missing and not any(split.is_sample for split in splits.values()):
         remarks.append(f"{len(missing)} of {len(entries)} images have no annotation ({', '.join(missing[:3])}"
-                       f"{', ...' * (len(missing) > 3)}): they are trained on, and scored, as free of tumour. If "
+                       f"{', ...' * (len(missing) > 3)}): they count as free of tumour. If "
                        "nobody annotated them, set UNANNOTATED = \"skip\" (--unannotated skip)")
     used = sum((entry.annotations for entry in entries), Counter())
     del used[MASK_FILE]
@@ -2402,9 +2402,8 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     weights, (metadata, problem) = read_weights(checkpoint), read_metadata(checkpoint)
     if problem:
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {prediction_settings(cfg)}")
-    else:  # before JSONs named the architecture, it was this one
-        trained = {"ARCHITECTURE": "unetplusplus"} | metadata.get("settings", {}) | settings_of(metadata)
-        cfg = Settings(**vars(cfg) | trained)
+    else:
+        cfg = Settings(**vars(cfg) | settings_of(metadata))
     if {*Trainer.STATEFUL} <= {*weights}:
         raise TrainerError(f"{checkpoint} is the state of a run, for --resume; the model is {BEST}")
     if metadata and metadata.get("preprocess_digest", "") != preprocess_digest():
@@ -3226,37 +3225,40 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
 
 
 def settings_of(metadata: dict) -> dict:
-    """The settings that a model cannot do without, from its JSON (of an earlier version, too), as constants."""
+    """The settings that a model was trained with, from its JSON (of an earlier version, too), as constants."""
     metadata = {"grey_percentiles": (0, 100), "test_time_augmentation": False} | metadata
-    found = {name: metadata[name.lower()] for name in DECIDED if name.lower() in metadata}
+    # Before JSONs named the architecture, it was this one.
+    found = {"ARCHITECTURE": "unetplusplus"} | metadata.get("settings", {}) | {
+        name: metadata[name.lower()] for name in DECIDED if name.lower() in metadata}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def use_settings_of(metadata: dict, cfg: Settings, mode: argparse.Namespace) -> None:
-    """Merge what the JSON beside a model (empty: there is none) decides into cfg.
+def take_over(trained: dict, names: Iterable[str], cfg: Settings, mode: argparse.Namespace) -> None:
+    """Take over settings (names) that a model was trained with, but for those given as flags. Says which differ."""
+    taken = {name: trained[name] for name in names if not hasattr(mode, name)
+             and trained.get(name, getattr(cfg, name)) != getattr(cfg, name)}
+    if taken:
+        vars(cfg).update(taken)
+        log(f"As the model was trained: {', '.join(f'{name} = {value!r}' for name, value in taken.items())}")
 
-    TEST_TIME_AUGMENTATION may be given as a flag. Raises TrainerError if another flag says otherwise.
-    """
-    wrong = []
-    for name, value in (settings_of(metadata) if metadata else {}).items():
-        if not hasattr(mode, name):
-            setattr(cfg, name, value)
-        elif getattr(cfg, name) != value and name != "TEST_TIME_AUGMENTATION":
-            wrong.append(f"{name} = {value!r}")
+
+def use_settings_of(metadata: dict, cfg: Settings, mode: argparse.Namespace) -> None:
+    """Merge what the JSON beside a model decides into cfg. Raises TrainerError if a flag says otherwise."""
+    trained = settings_of(metadata)
+    take_over(trained, DECIDED, cfg, mode)
+    wrong = [name for name in DECIDED if trained.get(name, getattr(cfg, name)) != getattr(cfg, name)
+             and name != "TEST_TIME_AUGMENTATION"]
     if wrong:
-        raise TrainerError(f"the model was trained with {', '.join(wrong)}, and has to be used so: leave out "
-                           f"{', '.join(flag_name(word.partition(' ')[0]) for word in wrong)}")
+        raise TrainerError("the model was trained with "
+                           f"{', '.join(f'{name} = {trained[name]!r}' for name in wrong)}, and has to be used so: "
+                           f"leave out {', '.join(map(flag_name, wrong))}")
 
 
 def start_alike(cfg: Settings, mode: argparse.Namespace) -> None:
     """Take over how the model in INIT_WEIGHTS sees grey levels, unless a flag says otherwise. Raises TrainerError."""
     metadata = read_metadata(Path(cfg.INIT_WEIGHTS))[0]
     trained = settings_of(metadata) if metadata else read_weights(cfg.INIT_WEIGHTS).get("settings", {}).get("used", {})
-    taken = {name: trained[name] for name in ("MEAN", "STD", "GREY_PERCENTILES")
-             if not hasattr(mode, name) and trained.get(name, getattr(cfg, name)) != getattr(cfg, name)}
-    if taken:
-        vars(cfg).update(taken)
-        log(f"As in the model of INIT_WEIGHTS: {', '.join(f'{name} = {value}' for name, value in taken.items())}")
+    take_over(trained, ("MEAN", "STD", "GREY_PERCENTILES"), cfg, mode)
 
 
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
@@ -3305,7 +3307,7 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         return
     check_gpu(cfg)
     metadata = read_metadata(checkpoint)[0]
-    if not mode.audit:
+    if metadata and not mode.audit:
         use_settings_of(metadata, cfg, mode)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
@@ -3315,17 +3317,16 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
     else:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
-        # What counts as tumour, and how images are read, are those of the run that made the checkpoint.
-        names, use, of_run = ["valid", "test"], evaluate, ("CATEGORIES", "UNANNOTATED")
-        if mode.check_labels:  # which looks at images without annotation, whatever UNANNOTATED is
-            names, use, of_run, cfg.UNANNOTATED = ["train", *names], check_labels, ("CATEGORIES",), "tumour-free"
-        for name in of_run:
-            trained = metadata.get("settings", {}).get(name, getattr(cfg, name))
-            trained = tuple(trained) if isinstance(trained, list) else trained
-            if trained != getattr(cfg, name):
-                log(f"{name} is {getattr(cfg, name)!r} here; evaluated is what the model was trained on: {trained!r}.")
-            setattr(cfg, name, trained)
-        cfg.PATIENT_PATTERN = cfg.PATIENT_PATTERN or metadata.get("settings", {}).get("PATIENT_PATTERN")
+        names, use, of_run = ["valid", "test"], evaluate, ["CATEGORIES", "UNANNOTATED"]
+        if mode.check_labels:  # it looks at images without annotation, too
+            names, use, of_run = ["train", *names], check_labels, ["CATEGORIES"]
+            cfg.UNANNOTATED = getattr(mode, "UNANNOTATED", "tumour-free")
+        trained = settings_of(metadata) if metadata else {}
+        if not cfg.PATIENT_PATTERN:
+            of_run.append("PATIENT_PATTERN")
+        if settings_in_file()["DATA_DIR"] is None and os.path.isdir(trained.get("DATA_DIR", "")):
+            of_run.append("DATA_DIR")  # instead of the script's folder
+        take_over(trained, of_run, cfg, mode)
         held_out = metadata.get("held_out", {})
         held_out = held_out if isinstance(held_out, dict) else {"valid": held_out}  # as earlier versions wrote it
         with locked_data(cfg, names, held_out) as (splits, cache):

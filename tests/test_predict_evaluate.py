@@ -633,8 +633,8 @@ def test_masks_of_predict_mask_give_the_scores_of_the_evaluation(tmp_path, tiny)
     assert total.all()  # there is something of each kind
 
 
-@pytest.mark.parametrize("words", [[], ["--categories", "oedema"], ["--categories", "tumor"]])
-def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(one_kind, tmp_path, tiny, capsys, words):
+@pytest.mark.parametrize("words", [[], ["--categories", "tumor"]])
+def test_evaluate_scores_the_categories_of_the_run_and_says_which(one_kind, tmp_path, tiny, capsys, words):
     data, run, _ = one_kind
     found, rows = evaluate(background.copy_run(run, tmp_path / "run") / script.BEST, data, *words)
     before = script.read_metadata(run / script.BEST)[0]
@@ -645,8 +645,34 @@ def test_evaluate_scores_the_categories_of_the_run_and_says_if_others_are_set(on
                                 if "near_duplicates" not in name}
     tumour, nothing = (int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows)
     assert tumour >= 16 * 16 and nothing == 0  # write_split()'s boxes; each oedema has 144 pixels
-    said = "evaluated is what the model was trained on: ('tumor',)" in capsys.readouterr().out
-    assert said == (words != ["--categories", "tumor"])
+    assert ("CATEGORIES = ('tumor',)" in capsys.readouterr().out) == (not words)
+
+
+def test_a_flag_of_evaluate_counts_more_than_what_the_run_used(one_kind, tmp_path, tiny, capsys):
+    data, run, _ = one_kind
+    path = background.copy_run(run, tmp_path / "run") / script.BEST
+    _, rows = evaluate(path, data, "--categories", "oedema", "--unannotated", "skip")
+    assert {int(row["true_positive_px"]) + int(row["false_negative_px"]) for row in rows} == {144}
+    assert "CATEGORIES =" not in capsys.readouterr().out
+    metadata = script.read_metadata(path)[0]
+    script.write_metadata(path, metadata | {"settings": metadata["settings"] | {"PATIENT_PATTERN": r"(P\d+)"}})
+    assert main("--evaluate", "--checkpoint", path, "--data-dir", data, "--output-dir", tmp_path / "out") == 2
+    assert "--patient-pattern none" in capsys.readouterr().err
+    assert "dice_per_patient_mean" not in evaluate(path, data, "--patient-pattern", "none")[0]["test_metrics"]
+
+
+@pytest.mark.parametrize("mode, folder", [("--evaluate", "data"), ("--check-labels", "data"), ("--evaluate", "moved")])
+def test_without_a_data_folder_the_data_of_the_run_are_looked_at(mode, folder, tmp_path, tiny, capsys):
+    """Or the phantoms beside the script, where the run's are not there any more."""
+    data, out = write_data(tmp_path / "data", 8, 3, 2, size=64), tmp_path / "out"
+    assert main(*FAST, "--data-dir", data, "--output-dir", out) == 0
+    data.rename(tmp_path / folder)
+    capsys.readouterr()
+    assert main(mode, "--output-dir", out) == 0
+    text = capsys.readouterr().out
+    assert (f"DATA_DIR = {str(data)!r}" in text) == (folder == "data")
+    images = next(line for line in text.splitlines() if line.startswith("images ")).split()[1:]
+    assert images[-2:] == (["3", "2"] if folder == "data" else ["8", "8"])
 
 
 def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kind, tmp_path, tiny, capsys):
