@@ -368,7 +368,7 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
     """The folders of the splits in a data folder, by name of the split; case does not matter.
 
     A data folder without any for train that holds images itself is train. Raises TrainerError if two folders are the
-    same split, or, beside images, another folder could be one.
+    same split, or, beside or around images, another folder could be one.
     """
     there = [path for path in sorted(data_dir.iterdir()) if path.is_dir()]
     folders = {}
@@ -378,14 +378,20 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
             raise TrainerError(f"{found[0]} and {found[1]} are both a folder for {split}: move or rename one of them")
         if found:
             folders[split] = found[0]
-    if "train" in folders or not any(path.suffix.lower() in IMAGE_SUFFIXES
-                                     for path in list_files(data_dir, without=KNOWN_SPLITS)):
+    images = [] if "train" in folders else [path for path in list_files(data_dir, without=KNOWN_SPLITS)
+                                            if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         return folders
     for path in there:
         name = path.name.lower()
         if LIKE_A_SPLIT.fullmatch(name) and not RESULTS.fullmatch(name) and name not in KNOWN_SPLITS:
             raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {path}; "
                                f"splits are named {', '.join(KNOWN_SPLITS)}. Rename or move it")
+    for path in images:
+        if {*KNOWN_SPLITS} & {*map(str.lower, path.parts[:-1])} or folders and data_dir.name.lower() in KNOWN_SPLITS:
+            raise TrainerError(f"{data_dir} has no train/, but images in {data_dir / path.parent}: which are to be "
+                               "trained on is not clear. DATA_DIR (--data-dir) must be the folder that holds train/, "
+                               "with the images and masks of train in it")
     return {"train": data_dir} | folders
 
 
@@ -1117,8 +1123,8 @@ def choose_held_out(entries: list[ImageEntry], cfg: Settings, names: list[str]) 
         entries = [entry for entry in entries if entry.file_name not in taken]
         kept = (f"whole patients, {len({entry.patient for entry in part})} of {len(groups)}"
                 if part[0].patient else "neighbours by file name; set PATIENT_PATTERN to keep patients apart")
-        log(f"There is no {name} folder: {len(part)} of {count} images of train are held out for it ({setting}"
-            + f", FOLD {fold} of {parts}" * bool(fold) + f"): {kept}.")
+        log(f"There is no {name} folder: {len(part)} of {count} images of train are held out for it ({setting} = "
+            f"{getattr(cfg, setting):g}: one of {parts} parts" + f", FOLD {fold}" * bool(fold) + f"): {kept}.")
     return held_out
 
 
@@ -1171,6 +1177,9 @@ def prepare_data(cfg: Settings, names: list[str], run_folder: Path | None = None
         splits = hold_out(splits, {name: held_out[name] for name in of_train})
         if is_whole and len(splits) == 1:
             splits = {"test": splits["train"]}
+        elif "train" not in names and any(split.held_out for split in splits.values()):
+            log(f"Of {splits['train'].folder}, only images that the run held out of train are scored. It knows them by "
+                "their names: if these are other data, move them into a folder test/.")
         splits = {name: split for name, split in splits.items() if name in names}
     if not splits:
         raise TrainerError(f"nothing to score: {data_dir} (DATA_DIR or --data-dir) has no folder {' or '.join(names)}, "

@@ -111,14 +111,15 @@ def test_a_share_of_train_is_held_out_and_scored_again_by_evaluate(tmp_path, tin
     data, out = one_folder(tmp_path / "data", splits=("train", "test")), tmp_path / "out"
     record = run(data, out)
     text = capfd.readouterr().out
-    assert "4 of 20 images of train are held out for it (VALID_SHARE): neighbours by file name" in text
+    assert "4 of 20 images of train are held out for it (VALID_SHARE = 0.2: one of 5 parts): neighbours by" in text
     assert table(text)["images"] == ["16", "4", "20"]
     names = record["held_out"]["valid"]
     assert len(names) == 4 and set(names) < {f"{i}.png" for i in range(20)}
     assert [record["data_counts"][name]["images"] for name in ("train", "valid", "test")] == [16, 4, 20]
     scores = record["valid_metrics"]
     assert script.main(arguments(data, out, "--evaluate", "--seed", 9, "--valid-share", 0.5)) == 0
-    assert table(capfd.readouterr().out)["images"] == ["4", "20"]
+    text = capfd.readouterr().out
+    assert table(text)["images"] == ["4", "20"] and f"Of {data / 'train'}, only images that the run held out" in text
     assert json.loads((out / "evaluation" / "scores.json").read_text(encoding="utf-8"))["valid_metrics"] == scores
     # What is not there is said; if nothing is, there is nothing to score.
     coco_path = data / "train" / script.ANNOTATION_FILE
@@ -356,6 +357,16 @@ def test_a_folder_that_could_be_a_split_is_refused_beside_images(name, tmp_path,
     (data / name).mkdir()
     message = refused(capfd, data, tmp_path / "out", "--audit")
     assert str(data / name) in message and "train, training, valid, val, validation, test, testing" in message
+
+
+@pytest.mark.parametrize("folder, splits, place", [
+    ("data", ("download/train", "download/test"), lambda i: (f"images/{i}", f"masks/{i}.png")),
+    ("data", (".",), lambda i: (f"images/{('train', 'test')[i % 2]}/{i}", f"masks/{('train', 'test')[i % 2]}/{i}.png")),
+    ("Training", (".", "test"), lambda i: (f"{i}", f"masks/{i}.png"))])
+def test_splits_that_would_be_mixed_are_refused(folder, splits, place, tmp_path, capfd):
+    data = pairs(tmp_path / folder, place, splits=splits)
+    message = refused(capfd, data, tmp_path / "out", "--audit")
+    assert f"{data} has no train/, but images in {data}" in message
 
 
 def test_nothing_can_be_held_out_of_one_patient(tmp_path, capfd):
