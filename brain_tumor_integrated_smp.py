@@ -1512,6 +1512,30 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     return model, load_encoder_weights(model.encoder, encoder, encoder_weights)
 
 
+def try_network(model: torch.nn.Module, img_size: int) -> bool:
+    """Send one black image through a network and back, in eval mode, and say whether it has weights without a gradient.
+
+    Raises TrainerError if it returns anything but logits [1, 1, S, S], or if it is one of smp's and cannot take images
+    of S pixels.
+    """
+    image = torch.zeros(1, 3, img_size, img_size, device=next(model.parameters()).device)
+    try:
+        logits = model.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error) or type(model) not in smp.MODEL_ARCHITECTURES_MAPPING.values():
+            raise
+        raise TrainerError(f"this ARCHITECTURE and ENCODER cannot take images of IMG_SIZE = {img_size}: "
+                           f"{one_line(error)}") from None
+    if getattr(logits, "shape", None) != (1, 1, img_size, img_size):
+        raise TrainerError("the network must return logits [B, 1, S, S] for images [B, 3, S, S], but returns "
+                           f"{[*logits.shape] if torch.is_tensor(logits) else type(logits).__name__} for one of "
+                           f"{img_size} pixels")
+    logits.sum().backward()
+    unreached = any(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    model.train().zero_grad()
+    return unreached
+
+
 def load_encoder_weights(module: torch.nn.Module, encoder: str, encoder_weights: str | None) -> str:
     """Load weights into an encoder of smp's: "imagenet" (downloaded), a local file of them, or None, which loads none.
 
@@ -1974,6 +1998,8 @@ class Trainer:
         weights = None if state or cfg.INIT_WEIGHTS or rank() else cfg.ENCODER_WEIGHTS
         with ending_together():
             model, origin = build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)
+            model.to(device, memory_format=memory_format(device))
+            unreached = try_network(model, cfg.IMG_SIZE)
         self.weights_from = state["weights_from"] if state else gather(origin)[0]
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
@@ -1985,7 +2011,8 @@ class Trainer:
         self.model = self.parallel_model = model
         if world_size() > 1:
             ids = [device] if device.type == "cuda" else None
-            self.parallel_model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            self.parallel_model = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, find_unused_parameters=unreached)  # which costs time
             self.parallel_model.broadcast_buffers = False  # sync_batchnorm_statistics() does it, once per epoch
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.ema_values, self.model_values = (

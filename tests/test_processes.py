@@ -279,6 +279,21 @@ def test_the_first_process_gets_the_weights_and_decides_about_the_learning_rate(
     assert zero == one
 
 
+def idle_weights(script):
+    """A network with weights that take no part, as some encoders of smp have."""
+    def build_model(*_):
+        model = plain_model()[0]
+        model[0].register_parameter("idle", torch.nn.Parameter(torch.ones(3)))
+        return model, "random"
+
+    script.build_model = build_model
+
+
+def test_weights_that_take_no_part_do_not_end_the_run(tmp_path):
+    codes, outputs = together(arguments(tmp_path / "out", "--epochs", "2"), idle_weights)
+    assert codes == [0, 0], outputs
+
+
 # --- ends
 
 

@@ -1,5 +1,6 @@
 """A run survives what happens to it: what is saved, and when; going on; kills, signals, full disks, other runs."""
 
+import copy
 import ctypes
 import errno
 import fcntl
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from background import Process, arguments, assert_same_run, copy_run, read, rising_dice, run, table_rows, whole_run
-from conftest import definitions, script, tiny_build_model, write_data
+from conftest import definitions, script, smp_build_model, tiny_build_model, write_data
 
 BEST, JSON, LAST = script.BEST, "unet_plusplus_best.json", script.LAST
 TABLE, PLOT, SAMPLES = "training_history.csv", "training_history.png", "training_samples.png"
@@ -964,6 +965,28 @@ def test_a_network_that_needs_two_images_for_its_batchnorm(batch_size, code, her
     data = write_data(tmp_path / "data", 3, 1, 0, size=64)
     found, text = here(alone(tmp_path / "out", "--epochs", 1, "--batch-size", batch_size, data=data), pooling)
     assert found == code and "Traceback" not in text and ("two images for each process" in text) == (code == 1)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--architecture", "pan", "--encoder", "resnet18"], "cannot take images of IMG_SIZE = 64: "),
+    ([], "returns [1, 2, ")])
+def test_a_network_that_cannot_be_trained_is_refused_before_the_first_epoch(words, message, here, tmp_path):
+    def network(script):
+        two_classes = torch.nn.Conv2d(3, 2, 3, padding=1), "random"
+        script.build_model = smp_build_model if words else lambda *_: two_classes
+
+    code, text = here(alone(tmp_path, *words), network)
+    assert code == 2 and message in text and "Traceback" not in text and "--resume" not in text
+    assert not [*tmp_path.glob("*.pth")]
+
+
+@pytest.mark.parametrize("encoder, unreached", [("efficientnet-b0", True), ("resnet18", False)])
+def test_trying_a_network_finds_weights_without_a_gradient_and_leaves_no_trace(encoder, unreached):
+    model = smp_build_model(encoder, None, "unet")[0]
+    before = copy.deepcopy(model.state_dict())
+    assert script.try_network(model, 64) == unreached
+    assert background.differences(before, dict(model.state_dict())) == [] and model.training
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def without_compiler(script):

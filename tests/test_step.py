@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import re
 import weakref
+from collections import OrderedDict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -474,9 +475,7 @@ def test_the_watch_notices_such_calls(read_it, monkeypatch):
 
 
 def encoder_and_decoder():
-    model = torch.nn.Module()
-    model.encoder, model.decoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
-    return model
+    return torch.nn.Sequential(OrderedDict(encoder=torch.nn.Conv2d(3, 2, 1), decoder=torch.nn.Conv2d(2, 1, 1)))
 
 
 def test_the_rate_of_each_step_of_the_warm_up(monkeypatch):
