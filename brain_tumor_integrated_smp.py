@@ -3087,8 +3087,11 @@ NAMES = {"UNANNOTATED": ("tumour-free", "skip"), "ARCHITECTURE": smp.MODEL_ARCHI
 # Settings that are a model's own, and in its JSON under the same names in small letters.
 DECIDED = ("IMG_SIZE", "MEAN", "STD", "GREY_PERCENTILES", "ENCODER", "ARCHITECTURE", "TEST_TIME_AUGMENTATION")
 # What a setting must satisfy, in words and as a test.
-RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, names in NAMES.items()} | {
-    "CATEGORIES": ("a tuple of names (one name needs a comma behind it)", lambda v: isinstance(v, tuple)),
+RULES = {name: (f"one of {', '.join(names)}", names.__contains__) for name, names in NAMES.items()} | dict.fromkeys(
+    ("SKIP_BAD_IMAGES", "TEST_TIME_AUGMENTATION", "COMPILE", "DETERMINISTIC"),
+    ("True or False", lambda v: isinstance(v, bool))) | {
+    "CATEGORIES": ("a tuple of names (one name needs a comma behind it)",
+                   lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v)),
     "PATIENT_PATTERN": (r"None, or a regular expression with brackets around the patient, as in (P\d+)",
                         lambda v: v is None or re.compile(v).groups == 1),
     "VALID_SHARE": ("above 0, and at most 0.5", lambda v: 0 < v <= 0.5),
@@ -3147,13 +3150,13 @@ def did_you_mean(word, known) -> str:
 
 def comments() -> dict[str, dict[str, str]]:
     """The comments of the constants at the top of this file, by block and name, for --help."""
-    blocks = {}
+    blocks, block = {}, {}
     for line in Path(__file__).read_text(encoding="utf-8").split("# ===== ")[1].splitlines():
         if line.startswith("# --- "):
             block = blocks.setdefault(line[6:], {})
         elif (match := re.match(r"(\w+) = .*?(?:  # (.*))?$", line)) and match[1] in CONSTANTS:
             block[match[1]] = match[2] or ""
-        elif re.match(r"#\s{3}", line):
+        elif re.match(r"#\s{3}", line) and block:
             block[[*block][-1]] += " " + line.strip("# ")  # the last comment goes on
     return blocks
 
@@ -3300,6 +3303,12 @@ def start_alike(cfg: Settings, mode: argparse.Namespace) -> None:
 def check_settings(cfg: Settings, mode: argparse.Namespace) -> None:
     """Raise TrainerError for the first setting that is impossible, before any work starts."""
     starts = not (mode.resume or mode.audit or mode.evaluate or mode.check_labels or mode.predict)
+    for name, value in vars(cfg).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise TrainerError(f"{name} is {value!r}, which cannot be saved with the model; a setting is a number, a "
+                               "text, True, False, None, or a tuple of these") from None
     for name, (legal, holds) in RULES.items():
         if name not in CONSTANTS or name in ("ENCODER_WEIGHTS", "INIT_WEIGHTS") and not starts:
             continue  # an edit has made a constant needless

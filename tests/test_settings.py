@@ -255,9 +255,21 @@ def test_an_output_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
     assert str(tmp_path / "file") in err and "OUTPUT_DIR" in err
 
 
-def test_a_constant_that_was_edited_to_the_wrong_type_is_refused(tmp_path, capsys):
-    copied = edited(tmp_path, "^IMG_SIZE = 256", 'IMG_SIZE = "256px"')
-    assert "IMG_SIZE is '256px'" in refused(capsys, "--data-dir", tmp_path, module=copied)
+@pytest.mark.parametrize("old, new, named", [
+    ("^IMG_SIZE = 256", 'IMG_SIZE = "256px"', "IMG_SIZE is '256px'"),
+    ("^COMPILE = False", 'COMPILE = "off"', "COMPILE is 'off', but must be True or False"),
+    ("^SKIP_BAD_IMAGES = False", "SKIP_BAD_IMAGES = 0", "SKIP_BAD_IMAGES is 0"),
+    (r"^CATEGORIES = \(\)", "CATEGORIES = (1,)", r"CATEGORIES is \(1,\)"),
+    ("^PATIENT_PATTERN = None", 'PATIENT_PATTERN = re.compile("(P)")', "PATIENT_PATTERN.*cannot be saved"),
+    ("^SEED = 42", "SEED = 42\nCLASSES = {1, 2}", "CLASSES is {1, 2}.*cannot be saved")])
+def test_a_constant_that_was_edited_to_the_wrong_type_is_refused(old, new, named, tmp_path, capsys):
+    copied = edited(tmp_path, old, new)
+    assert re.search(named, refused(capsys, "--data-dir", tmp_path, module=copied))
+
+
+def test_a_comment_may_stand_anywhere_between_the_settings(tmp_path, capsys):
+    copied = edited(tmp_path, "^# --- data and output", "# --- data and output\n#    mine")
+    assert "DATA_DIR" in help_text(capsys, copied)
 
 
 # --- importing
