@@ -1788,8 +1788,9 @@ def confidence_interval(values: np.ndarray, patients: np.ndarray | list[str] | N
     """
     groups = np.arange(len(values)) if patients is None else np.unique(patients, return_inverse=True)[1]
     sums, sizes = np.bincount(groups, values), np.bincount(groups)
-    draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
-    return [float(bound) for bound in np.percentile(sums[draws].sum(1) / sizes[draws].sum(1), (2.5, 97.5))]
+    draw = functools.partial(np.random.default_rng(0).integers, len(sums), size=len(sums))
+    means = [sums[drawn].sum() / sizes[drawn].sum() for drawn in (draw() for _ in range(2000))]
+    return [float(bound) for bound in np.percentile(means, (2.5, 97.5))]
 
 
 def hd95(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -2005,7 +2006,6 @@ class Trainer:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
             load_weights(model, weights.get("ema", weights.get("average", weights)), cfg.INIT_WEIGHTS)
             self.weights_from = f"checkpoint {cfg.INIT_WEIGHTS}"
-        model.to(device, memory_format=memory_format(device))
         if world_size() > 1 and device.type == "cuda":  # BatchNorm sees the whole batch, not each GPU's part
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = self.parallel_model = model
@@ -2056,7 +2056,7 @@ class Trainer:
                 save()
                 saved = time.perf_counter()
             left = (now - started) / (self.epoch - first_epoch) * (cfg.EPOCHS - self.epoch)
-            table = epoch_line(self.history[-1], scores, cfg.EPOCHS, timedelta(seconds=round(left)), improved)
+            table = epoch_line(self.history[-1], cfg.EPOCHS, timedelta(seconds=round(left)), improved)
             log("\n".join(table if self.epoch == first_epoch + 1 else table[1:]))
         if self.epoch < cfg.EPOCHS:
             log(f"Stopped early: no better validation Dice for {self.epochs_without_improvement} epochs "
@@ -2149,10 +2149,10 @@ class Trainer:
                     values[name] = torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def epoch_line(row: dict, scores: dict, epochs: int, left: timedelta, improved: bool) -> list[str]:
-    """The header of the printed table and the line of an epoch, up to 100 columns. scores: of validate()."""
+def epoch_line(row: dict, epochs: int, left: timedelta, improved: bool) -> list[str]:
+    """The header of the printed table and the line of an epoch, up to 100 columns."""
     values = {"epoch": f"{row['epoch']}/{epochs}", "train_loss": f"{row['train_loss']:.4f}"}
-    values |= {name: f"{scores[name]:.4f}" if name in scores else "-"
+    values |= {name: f"{row[name]:.4f}" if name in row else "-"
                for name in ("valid_loss", "dice", "iou", "precision", "recall")}
     values |= {"lr": f"{row['lr']:.1e}", "img/s": f"{row['images_per_second']:.1f}", "time": f"{row['seconds']:.1f}s",
                "ETA": str(left), "": "*best" if improved else ""}
@@ -2729,7 +2729,7 @@ def check_labels(cfg: Settings, checkpoint: Path, splits: dict[str, Split], cach
     kinds = Counter(row["kind"] for row, _ in rows).most_common()
     log(f"The model contradicts {', '.join(f'{count} x {kind}' for kind, count in kinds) or 'no annotation'}.")
     if rows:
-        write_table(table, [row for row, _ in rows])
+        write_table(table, [row for row, _ in rows], required=True)
         cases = [(entry, f"{number}. {row['split']}", textwrap.fill(row["kind"], 17)
                   + f"\n{row['size_px']} px\nconfidence {row['confidence']:.2f}")
                  for number, (row, entry) in enumerate(rows[:2 * COLUMNS], 1)]
@@ -2812,7 +2812,7 @@ def predict_files(cfg: Settings, checkpoint: Path, sources: list[str]) -> None:
                 bad.append(str(error))
     finally:  # also of what was done before Ctrl-C
         if rows:
-            write_table(folder / "predictions.csv", rows)
+            write_table(folder / "predictions.csv", rows, required=True)
         write_json(folder / ANNOTATION_FILE, coco, indent=None)
         log(f"{len(rows)} of {plural(len(files), 'image')} segmented: {folder}\nMasks are in masks/, pictures to look "
             "at in overlays/, sizes of tumours in predictions.csv.")
@@ -2892,7 +2892,8 @@ COLUMNS = 6  # pictures beside each other; 17 letters fit above and below each
 PRINT = matplotlib.rc_context({  # for figures on such a page: no letters below 7 points
     "font.size": 7, "axes.titlesize": 8, "figure.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7,
     "ytick.labelsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1, "lines.markersize": 4, "axes.grid": True,
-    "grid.alpha": 0.3, "legend.handlelength": 1.2, "legend.borderpad": 0.3, "legend.labelspacing": 0.3})
+    "grid.alpha": 0.3, "legend.handlelength": 1.2, "legend.borderpad": 0.3, "legend.labelspacing": 0.3,
+    "text.parse_math": False})  # file names may have two $
 
 
 def shortened(file_name: str, room: int = 17) -> str:
@@ -3249,8 +3250,10 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
         if name in chosen:
             if value != used and name not in RESUME_MAY_CHANGE:
                 changed.append(f"{name}: saved {used!r}, now {value!r}")
-        elif name != "DATA_DIR" or os.path.isdir(used):  # otherwise script and data have moved together
+        elif name != "DATA_DIR" or os.path.isdir(used):
             setattr(cfg, name, used)
+        else:  # script and data have moved together, or a drive is missing
+            log(f"The data folder of the run, {used}, is not there. Used instead: {value}")
     images = saved["used"]["BATCH_SIZE"] * saved["used"]["ACCUMULATION_STEPS"]
     if "ACCUMULATION_STEPS" not in chosen:  # a BATCH_SIZE alone, perhaps of the command before memory ran out
         fitting = (steps for steps in range(1, images + 1) if cfg.BATCH_SIZE * steps == images)
@@ -3644,6 +3647,9 @@ def progress(items, description: str, total: int | None = None):
             yield item
 
 
+DEAD_WORKER = "DataLoader worker (pid"  # in the error that PyTorch raises when one dies, wherever the program is then
+
+
 def write_file(path: Path, content, required: bool = False) -> None:
     """Write a file so that it is either complete or unchanged: temporary name, flush to disk, rename.
 
@@ -3667,7 +3673,7 @@ def write_file(path: Path, content, required: bool = False) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)) or is_out_of_memory(error):
+        if not isinstance(error, (OSError, RuntimeError)) or is_out_of_memory(error) or DEAD_WORKER in str(error):
             raise  # a full disk is an OSError, or in torch.save a RuntimeError
         if required:
             how = HOW_TO_RESUME if STOP.saved else "Then start again."
@@ -3676,17 +3682,18 @@ def write_file(path: Path, content, required: bool = False) -> None:
         warn(f"cannot write {path}: {error} (going on without it)")
 
 
-def write_table(path: Path, rows: list[dict], encoding: str = "utf-8-sig") -> None:
+def write_table(path: Path, rows: list[dict], encoding: str = "utf-8-sig", required: bool = False) -> None:
     """Write rows as a CSV file; a cell is empty where a row lacks a column, as a mean over no image or a new metric.
 
-    In the default encoding, UTF-8 with a mark in front, Excel shows Chinese names as they are.
+    In the default encoding, UTF-8 with a mark in front, Excel shows Chinese names as they are. required: see
+    write_file().
     """
     table = io.StringIO()
     columns = dict.fromkeys(name for row in reversed(rows) for name in row)  # in the order of the last row
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, table.getvalue().encode(encoding, "backslashreplace"))
+    write_file(path, table.getvalue().encode(encoding, "backslashreplace"), required)
 
 
 def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
@@ -3703,7 +3710,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 def advice(error: BaseException) -> str:
     """What helps against an error whose cause is outside this script; "" for an unexpected one."""
-    if "DataLoader worker (pid" in str(error):  # it died; what a worker has raised has another message
+    if DEAD_WORKER in str(error):
         return ("a process that prepares images died, usually because memory ran out. Fewer of them need less: "
                 "--num-workers 0")
     if re.search(r"C(\+\+)? compiler|Compiler: cl", str(error)):

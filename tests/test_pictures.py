@@ -79,6 +79,15 @@ def test_names_are_shortened_to_the_room_above_a_picture(name, expected):
     assert script.shortened(name) == expected
 
 
+def test_a_file_name_is_no_formula(tmp_path, figures):
+    """With two $, matplotlib would read one."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    script.plot_grid(tmp_path / "a.png", [([picture], "P$1_$2_{0", "")], ("image",), "Images", {"tumour": (0, 0, 0)})
+    figure, = figures
+    assert figure.axes[0].get_title() == "P$1_$2_{0"
+    FigureCanvasAgg(figure).draw()
+
+
 @pytest.mark.parametrize("count", [1, 5, 8, 12])
 def test_cases_are_columns_with_their_scores_below(count, tmp_path, figures):
     """Found, missed, a false alarm, and nothing where nothing is; with Chinese names, in any number and shape."""

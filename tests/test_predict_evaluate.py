@@ -661,6 +661,22 @@ def test_a_flag_of_evaluate_counts_more_than_what_the_run_used(one_kind, tmp_pat
     assert "dice_per_patient_mean" not in evaluate(path, data, "--patient-pattern", "none")[0]["test_metrics"]
 
 
+@pytest.mark.parametrize("mode, name", [("--check-labels", "label_check.csv"), ("--predict", "predictions.csv")])
+def test_a_table_that_cannot_be_written_is_an_error(mode, name, one_kind, tmp_path, tiny, monkeypatch, capsys):
+    """Where it is what the command was for."""
+    def replace(source, target, inner=os.replace):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        inner(source, target)
+
+    data, run, _ = one_kind
+    monkeypatch.setattr(os, "replace", replace)
+    words = [mode, data / "test"] if mode == "--predict" else [mode, "--data-dir", data]
+    assert main(*words, "--checkpoint", run / script.BEST, "--output-dir", tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert f"{name}: " in err and "Traceback" not in err and name not in out
+
+
 @pytest.mark.parametrize("mode, folder", [("--evaluate", "data"), ("--check-labels", "data"), ("--evaluate", "moved")])
 def test_without_a_data_folder_the_data_of_the_run_are_looked_at(mode, folder, tmp_path, tiny, capsys):
     """Or the phantoms beside the script, where the run's are not there any more."""

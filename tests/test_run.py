@@ -331,7 +331,8 @@ def test_a_project_that_was_moved_finds_its_data_beside_the_script(here, tmp_pat
     assert here(words)[0] == 0
     os.rename(tmp_path / "old", tmp_path / "new")
     script_in(tmp_path / "new")
-    assert here(["--resume", "--output-dir", tmp_path / "new" / "out", "--epochs", 2])[0] == 0
+    code, text = here(["--resume", "--output-dir", tmp_path / "new" / "out", "--epochs", 2])
+    assert code == 0 and f"of the run, {tmp_path / 'old'}, is not there. Used instead: {tmp_path / 'new'}" in text
     assert used(tmp_path / "new" / "out")["DATA_DIR"] == str(tmp_path / "new")
 
 
@@ -487,7 +488,7 @@ def test_a_run_sees_grey_levels_as_the_model_that_it_starts_from(name, here, tmp
     assert [found[each] for each in ("MEAN", "STD", "GREY_PERCENTILES")] == [(0.4, 0.5, 0.6), (0.5,) * 3, (1, 99)]
     code, text = here(alone(tmp_path / "three", "--epochs", 1, "--init-weights", tmp_path / "two" / name, "--mean", 0.4,
                             0.5, 0.6, "--std", 0.5, 0.5, 0.5, "--grey-percentiles", 1, 99))
-    assert code == 0 and "As in the model" not in text
+    assert code == 0 and "As the model was trained" not in text
 
 
 def test_an_earlier_run_is_moved_before_the_first_write(here, finished, monkeypatch):
@@ -614,6 +615,13 @@ def test_every_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     script.write_table(tmp_path / "a.csv", [{"a": 1}])
     assert calls == [(kind, str(tmp_path / f".a.{suffix}.tmp")) for suffix in ("pth", "png", "csv")
                      for kind in ("flushed", "renamed")]
+
+
+def test_what_arrives_while_a_file_is_written_is_not_taken_for_a_full_disk(tmp_path):
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="worker"):
+        script.write_file(tmp_path / "a", raising(error))
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_seconds_of_the_rows_add_up_to_the_time_of_the_run(here, tmp_path, monkeypatch):
