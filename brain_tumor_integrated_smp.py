@@ -3366,9 +3366,8 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         if not checkpoint.is_file():
             raise TrainerError(f"no checkpoint to evaluate: {checkpoint}; train first, or name one with --checkpoint")
         names, use, of_run = ["valid", "test"], evaluate, ["CATEGORIES", "UNANNOTATED"]
-        if mode.check_labels:  # it looks at images without annotation, too
-            names, use, of_run = ["train", *names], check_labels, ["CATEGORIES"]
-            cfg.UNANNOTATED = getattr(mode, "UNANNOTATED", "tumour-free")
+        if mode.check_labels:  # it looks at images without annotation, whatever UNANNOTATED is
+            names, use, of_run, cfg.UNANNOTATED = ["train", *names], check_labels, ["CATEGORIES"], "tumour-free"
         trained = settings_of(metadata) if metadata else {}
         if not cfg.PATIENT_PATTERN:
             of_run.append("PATIENT_PATTERN")
