@@ -473,10 +473,10 @@ def refuse_problems(splits: Iterable[Split], skip_bad_images: bool) -> list[str]
             bad += bool(entry.problems)
     if not of_splits and (skip_bad_images or not bad):
         return grouped(of_images)
-    advice = "Correct the data, or export them again." if of_splits else (
+    remedy = "Correct the data, or export them again." if of_splits else (
         f"{plural(bad, 'image')} cannot be used: repair or remove them, or set SKIP_BAD_IMAGES = True "
         "(--skip-bad-images) to leave them out.")
-    raise TrainerError(f"the data cannot be used:{bullet_list(grouped(of_splits + of_images), 40)}\n{advice}")
+    raise TrainerError(f"the data cannot be used:{bullet_list(grouped(of_splits + of_images), 40)}\n{remedy}")
 
 
 def grouped(found: list[tuple[str, str]]) -> list[str]:
@@ -2012,7 +2012,7 @@ class Trainer:
         if world_size() > 1:
             ids = [device] if device.type == "cuda" else None
             self.parallel_model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, find_unused_parameters=unreached)  # which costs time
+                model, device_ids=ids, find_unused_parameters=unreached)  # True costs time
             self.parallel_model.broadcast_buffers = False  # sync_batchnorm_statistics() does it, once per epoch
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.ema_values, self.model_values = (
@@ -2753,7 +2753,7 @@ def find_images(sources: list[str]) -> list[tuple[Path, str]]:
             continue
         of_source = [source.resolve().name] * (len(sources) > 1)  # one folder for each patient, perhaps
         for path in list_files(source):
-            if is_mask_file(path) or "overlays" in path.parts[:-1] or path.stem.endswith("_overlay"):
+            if is_mask_file(path) or re.search(r"(^|/)overlays/|_overlay\.\w+$", path.as_posix(), re.IGNORECASE):
                 left_out["named like a mask or an overlay"] += 1
             elif path.suffix.lower() in IMAGE_SUFFIXES:
                 files.append((source / path, "_".join([*of_source, *path.parts])))
