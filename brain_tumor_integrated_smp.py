@@ -64,8 +64,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import l
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # no window; what a notebook hands on with "!" may not even be installed here
     # Threads of PyTorch (Linux) that wait for each other spin 300,000 times before they sleep. With 10,000, training
-    # is 2 to 5 times as fast beside other programs, and about as fast on idle cores (tests/BENCHMARKS.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # is 1.6 to 4.5 times as fast beside other programs, and about as fast on idle cores (tests/BENCHMARKS.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import albumentations as A
 import cv2
@@ -374,6 +375,8 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
     folders = {}
     for split, names in SPLIT_NAMES.items():
         found = [path for path in there if path.name.lower() in names]
+        if len(found) > 1:  # a second name of the same folder, or a run's, is no other one
+            found = [*{path.resolve(): path for path in found if list_files(path)}.values()] or found[:1]
         if len(found) > 1:
             raise TrainerError(f"{found[0]} and {found[1]} are both a folder for {split}: move or rename one of them")
         if found:
@@ -389,9 +392,9 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
                                f"splits are named {', '.join(KNOWN_SPLITS)}. Rename or move it")
     for path in images:
         if {*KNOWN_SPLITS} & {*map(str.lower, path.parts[:-1])} or folders and data_dir.name.lower() in KNOWN_SPLITS:
-            raise TrainerError(f"{data_dir} has no train/, but images in {data_dir / path.parent}: which are to be "
-                               "trained on is not clear. DATA_DIR (--data-dir) must be the folder that holds train/, "
-                               "with the images and masks of train in it")
+            raise TrainerError(f"{data_dir} has no train/, but images in {data_dir / path.parent}: which split they "
+                               "belong to is not clear. DATA_DIR (--data-dir) is the folder that holds train/, valid/ "
+                               "and test/, or some of them, each with its images and masks")
     return {"train": data_dir} | folders
 
 
@@ -1512,24 +1515,25 @@ def build_model(encoder: str = ENCODER, encoder_weights: str | None = None,
     return model, load_encoder_weights(model.encoder, encoder, encoder_weights)
 
 
-def try_network(model: torch.nn.Module, img_size: int) -> bool:
+def try_network(model: torch.nn.Module, cfg: Settings) -> bool:
     """Send one black image through a network and back, in eval mode, and say whether it has weights without a gradient.
 
     Raises TrainerError if it returns anything but logits [1, 1, S, S], or if it is one of smp's and cannot take images
-    of S pixels.
+    of IMG_SIZE pixels.
     """
-    image = torch.zeros(1, 3, img_size, img_size, device=next(model.parameters()).device)
+    image = torch.zeros(1, 3, cfg.IMG_SIZE, cfg.IMG_SIZE, device=next(model.parameters()).device)
     try:
-        logits = model.eval()(image)
+        with autocast(cfg.PRECISION, image.device):
+            logits = model.eval()(image)
     except (AssertionError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or type(model) not in smp.MODEL_ARCHITECTURES_MAPPING.values():
             raise
-        raise TrainerError(f"this ARCHITECTURE and ENCODER cannot take images of IMG_SIZE = {img_size}: "
+        raise TrainerError(f"this ARCHITECTURE and ENCODER cannot take images of IMG_SIZE = {cfg.IMG_SIZE}: "
                            f"{one_line(error)}") from None
-    if getattr(logits, "shape", None) != (1, 1, img_size, img_size):
+    if getattr(logits, "shape", None) != (1, 1, *image.shape[2:]):
         raise TrainerError("the network must return logits [B, 1, S, S] for images [B, 3, S, S], but returns "
                            f"{[*logits.shape] if torch.is_tensor(logits) else type(logits).__name__} for one of "
-                           f"{img_size} pixels")
+                           f"{cfg.IMG_SIZE} pixels")
     logits.sum().backward()
     unreached = any(weight.requires_grad and weight.grad is None for weight in model.parameters())
     model.train().zero_grad()
@@ -2000,7 +2004,7 @@ class Trainer:
         with ending_together():
             model, origin = build_model(cfg.ENCODER, weights, cfg.ARCHITECTURE)
             model.to(device, memory_format=memory_format(device))
-            unreached = try_network(model, cfg.IMG_SIZE)
+            unreached = try_network(model, cfg)
         self.weights_from = state["weights_from"] if state else gather(origin)[0]
         if cfg.INIT_WEIGHTS and not state:
             weights = read_weights(cfg.INIT_WEIGHTS)  # a best model, or a state (before format 4 EMA was "average")
@@ -3252,7 +3256,7 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
                 changed.append(f"{name}: saved {used!r}, now {value!r}")
         elif name != "DATA_DIR" or os.path.isdir(used):
             setattr(cfg, name, used)
-        else:  # script and data have moved together, or a drive is missing
+        elif value != used:  # script and data have moved together, or a drive is missing
             log(f"The data folder of the run, {used}, is not there. Used instead: {value}")
     images = saved["used"]["BATCH_SIZE"] * saved["used"]["ACCUMULATION_STEPS"]
     if "ACCUMULATION_STEPS" not in chosen:  # a BATCH_SIZE alone, perhaps of the command before memory ran out
@@ -3371,8 +3375,11 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         trained = settings_of(metadata) if metadata else {}
         if not cfg.PATIENT_PATTERN:
             of_run.append("PATIENT_PATTERN")
-        if settings_in_file()["DATA_DIR"] is None and os.path.isdir(trained.get("DATA_DIR", "")):
-            of_run.append("DATA_DIR")  # instead of the script's folder
+        if settings_in_file()["DATA_DIR"] is None and not hasattr(mode, "DATA_DIR"):  # not that of the script
+            if os.path.isdir(folder := trained.get("DATA_DIR", cfg.DATA_DIR)):
+                of_run.append("DATA_DIR")
+            else:
+                log(f"The data folder of the run, {folder}, is not there. Used instead: {cfg.DATA_DIR}")
         take_over(trained, of_run, cfg, mode)
         held_out = metadata.get("held_out", {})
         held_out = held_out if isinstance(held_out, dict) else {"valid": held_out}  # as earlier versions wrote it

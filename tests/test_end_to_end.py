@@ -187,7 +187,7 @@ def test_a_notebooks_way_to_draw_does_not_matter_to_the_script():
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
 def test_threads_that_wait_leave_their_core_to_other_programs():
     """OpenMP reads its settings while torch is imported, and lists them. A choice of the user's is kept."""
-    for choice, spins in (({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")):
+    for choice, spins in (({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")):
         done = run_script("--help", env={"OMP_DISPLAY_ENV": "verbose"} | choice)
         assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 

@@ -345,10 +345,14 @@ def test_folders_named_like_splits_are_these(names, splits, tmp_path, capfd):
 @pytest.mark.parametrize("first, second, split", [("train", "training", "train"), ("VAL", "valid", "valid")])
 def test_two_folders_for_one_split_are_refused(first, second, split, tmp_path, capfd):
     data = pairs(tmp_path / "data", PLACES["masks"], 10, splits=("train", "valid"))
-    for name in {first, second} - {path.name for path in data.iterdir()}:
-        (data / name).mkdir()
+    new, = {first, second} - {path.name for path in data.iterdir()}
+    accepted(capfd, data, data / new, "--audit")  # an output folder, which is made for it
+    (data / new / "another.png").write_bytes((data / "train" / "0.png").read_bytes())
     message = refused(capfd, data, tmp_path / "out", "--audit")
     assert f"{data / first} and {data / second} are both a folder for {split}" in message
+    shutil.rmtree(data / new)
+    (data / new).symlink_to(data / ({first, second} - {new}).pop())
+    accepted(capfd, data, tmp_path / "out", "--audit")
 
 
 @pytest.mark.parametrize("name", ["train_set", "Validate", "holdout", "dev", "tests"])

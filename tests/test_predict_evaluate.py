@@ -677,18 +677,23 @@ def test_a_table_that_cannot_be_written_is_an_error(mode, name, one_kind, tmp_pa
     assert f"{name}: " in err and "Traceback" not in err and name not in out
 
 
-@pytest.mark.parametrize("mode, folder", [("--evaluate", "data"), ("--check-labels", "data"), ("--evaluate", "moved")])
-def test_without_a_data_folder_the_data_of_the_run_are_looked_at(mode, folder, tmp_path, tiny, capsys):
-    """Or the phantoms beside the script, where the run's are not there any more."""
+@pytest.mark.parametrize("mode, folder", [("--evaluate", "data"), ("--check-labels", "data"), ("--evaluate", "moved"),
+                                          ("--evaluate", "edited")])
+def test_without_a_data_folder_the_data_of_the_run_are_looked_at(mode, folder, tmp_path, tiny, monkeypatch, capsys):
+    """Or those that the file names; or the phantoms beside the script, where the run's are not there any more."""
     data, out = write_data(tmp_path / "data", 8, 3, 2, size=64), tmp_path / "out"
     assert main(*FAST, "--data-dir", data, "--output-dir", out) == 0
-    data.rename(tmp_path / folder)
+    if folder == "moved":
+        data.rename(tmp_path / folder)
+    if folder == "edited":
+        monkeypatch.setattr(script, "DATA_DIR", str(write_data(tmp_path / folder, 4, 5, 6, size=64)))
     capsys.readouterr()
     assert main(mode, "--output-dir", out) == 0
     text = capsys.readouterr().out
     assert (f"DATA_DIR = {str(data)!r}" in text) == (folder == "data")
     images = next(line for line in text.splitlines() if line.startswith("images ")).split()[1:]
-    assert images[-2:] == (["3", "2"] if folder == "data" else ["8", "8"])
+    assert images[-2:] == {"data": ["3", "2"], "moved": ["8", "8"], "edited": ["5", "6"]}[folder]
+    assert (f"The data folder of the run, {data}, is not there. Used instead: {ROOT}\n" in text) == (folder == "moved")
 
 
 def test_how_many_images_look_like_one_in_train_is_recorded_and_repeated(one_kind, tmp_path, tiny, capsys):

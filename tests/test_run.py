@@ -992,7 +992,7 @@ def test_a_network_that_cannot_be_trained_is_refused_before_the_first_epoch(word
 def test_trying_a_network_finds_weights_without_a_gradient_and_leaves_no_trace(encoder, unreached):
     model = smp_build_model(encoder, None, "unet")[0]
     before = copy.deepcopy(model.state_dict())
-    assert script.try_network(model, 64) == unreached
+    assert script.try_network(model, script.read_settings(["--img-size", "64"])[0]) == unreached
     assert background.differences(before, dict(model.state_dict())) == [] and model.training
     assert all(weight.grad is None for weight in model.parameters())
 
