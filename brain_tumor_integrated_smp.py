@@ -390,11 +390,12 @@ def find_splits(data_dir: Path) -> dict[str, Path]:
         if LIKE_A_SPLIT.fullmatch(name) and not RESULTS.fullmatch(name) and name not in KNOWN_SPLITS:
             raise TrainerError(f"there are images in {data_dir}, and a folder that could be a split, {path}; "
                                f"splits are named {', '.join(KNOWN_SPLITS)}. Rename or move it")
-    for path in images:
-        if {*KNOWN_SPLITS} & {*map(str.lower, path.parts[:-1])} or folders and data_dir.name.lower() in KNOWN_SPLITS:
-            raise TrainerError(f"{data_dir} has no train/, but images in {data_dir / path.parent}: which split they "
-                               "belong to is not clear. DATA_DIR (--data-dir) is the folder that holds train/, valid/ "
-                               "and test/, or some of them, each with its images and masks")
+    if not (folders and data_dir.name.lower() in KNOWN_SPLITS):  # otherwise none of them is clear
+        images = [path for path in images if not {*map(str.lower, path.parts[:-1])}.isdisjoint(KNOWN_SPLITS)]
+    if images:
+        raise TrainerError(f"{data_dir} has no train/, but images in {data_dir / images[0].parent}: which split they "
+                           "belong to is not clear. DATA_DIR (--data-dir) is the folder that holds train/, valid/ "
+                           "and test/, or some of them, each with its images and masks")
     return {"train": data_dir} | folders
 
 
@@ -2442,8 +2443,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device | None = None,
     weights, (metadata, problem) = read_weights(checkpoint), read_metadata(checkpoint)
     if problem:
         warn(f"{checkpoint}: {problem}; using the script's settings: ENCODER {cfg.ENCODER}, {prediction_settings(cfg)}")
-    else:
-        cfg = Settings(**vars(cfg) | settings_of(metadata))
+    cfg = Settings(**vars(cfg) | settings_of(metadata))
     if {*Trainer.STATEFUL} <= {*weights}:
         raise TrainerError(f"{checkpoint} is the state of a run, for --resume; the model is {BEST}")
     if metadata and metadata.get("preprocess_digest", "") != preprocess_digest():
@@ -3254,10 +3254,8 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
         if name in chosen:
             if value != used and name not in RESUME_MAY_CHANGE:
                 changed.append(f"{name}: saved {used!r}, now {value!r}")
-        elif name != "DATA_DIR" or os.path.isdir(used):
-            setattr(cfg, name, used)
-        elif value != used:  # script and data have moved together, or a drive is missing
-            log(f"The data folder of the run, {used}, is not there. Used instead: {value}")
+        else:
+            setattr(cfg, name, data_dir_of_run(used, value) if name == "DATA_DIR" else used)
     images = saved["used"]["BATCH_SIZE"] * saved["used"]["ACCUMULATION_STEPS"]
     if "ACCUMULATION_STEPS" not in chosen:  # a BATCH_SIZE alone, perhaps of the command before memory ran out
         fitting = (steps for steps in range(1, images + 1) if cfg.BATCH_SIZE * steps == images)
@@ -3270,8 +3268,19 @@ def resume_settings(cfg: Settings, given: dict, saved: dict) -> None:
                            f"{', '.join(RESUME_MAY_CHANGE)} (but not BATCH_SIZE * ACCUMULATION_STEPS).")
 
 
+def data_dir_of_run(used: str, here: str) -> str:
+    """The DATA_DIR that a run used, or that of this command, where script and data have moved or a drive is missing."""
+    if os.path.isdir(used):
+        return used
+    if here != used:
+        log(f"The data folder of the run, {used}, is not there. Used instead: {here}")
+    return here
+
+
 def settings_of(metadata: dict) -> dict:
-    """The settings that a model was trained with, from its JSON (of an earlier version, too), as constants."""
+    """The settings that a model was trained with, from its JSON (of an earlier version, too; or {}), as constants."""
+    if not metadata:
+        return {}
     metadata = {"grey_percentiles": (0, 100), "test_time_augmentation": False} | metadata
     # Before JSONs named the architecture, it was this one.
     found = {"ARCHITECTURE": "unetplusplus"} | metadata.get("settings", {}) | {
@@ -3279,22 +3288,23 @@ def settings_of(metadata: dict) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
+def differing(trained: dict, names: Iterable[str], cfg: Settings) -> list[str]:
+    """The names of settings that differ from those that a model was trained with, as far as these are known."""
+    return [name for name in names if trained.get(name, getattr(cfg, name)) != getattr(cfg, name)]
+
+
 def take_over(trained: dict, names: Iterable[str], cfg: Settings, mode: argparse.Namespace) -> None:
     """Take over settings (names) that a model was trained with, but for those given as flags. Says which differ."""
-    taken = {name: trained[name] for name in names if not hasattr(mode, name)
-             and trained.get(name, getattr(cfg, name)) != getattr(cfg, name)}
+    taken = {name: trained[name] for name in differing(trained, names, cfg) if not hasattr(mode, name)}
     if taken:
         vars(cfg).update(taken)
         log(f"As the model was trained: {', '.join(f'{name} = {value!r}' for name, value in taken.items())}")
 
 
-def use_settings_of(metadata: dict, cfg: Settings, mode: argparse.Namespace) -> None:
-    """Merge what the JSON beside a model decides into cfg. Raises TrainerError if a flag says otherwise."""
-    trained = settings_of(metadata)
+def use_as_trained(trained: dict, cfg: Settings, mode: argparse.Namespace) -> None:
+    """Take over what a model cannot be used without. Raises TrainerError if a flag says otherwise."""
     take_over(trained, DECIDED, cfg, mode)
-    wrong = [name for name in DECIDED if trained.get(name, getattr(cfg, name)) != getattr(cfg, name)
-             and name != "TEST_TIME_AUGMENTATION"]
-    if wrong:
+    if wrong := [name for name in differing(trained, DECIDED, cfg) if name != "TEST_TIME_AUGMENTATION"]:
         raise TrainerError("the model was trained with "
                            f"{', '.join(f'{name} = {trained[name]!r}' for name in wrong)}, and has to be used so: "
                            f"leave out {', '.join(map(flag_name, wrong))}")
@@ -3302,8 +3312,8 @@ def use_settings_of(metadata: dict, cfg: Settings, mode: argparse.Namespace) -> 
 
 def start_alike(cfg: Settings, mode: argparse.Namespace) -> None:
     """Take over how the model in INIT_WEIGHTS sees grey levels, unless a flag says otherwise. Raises TrainerError."""
-    metadata = read_metadata(Path(cfg.INIT_WEIGHTS))[0]
-    trained = settings_of(metadata) if metadata else read_weights(cfg.INIT_WEIGHTS).get("settings", {}).get("used", {})
+    trained = settings_of(read_metadata(Path(cfg.INIT_WEIGHTS))[0])
+    trained = trained or read_weights(cfg.INIT_WEIGHTS).get("settings", {}).get("used", {})  # of a state
     take_over(trained, ("MEAN", "STD", "GREY_PERCENTILES"), cfg, mode)
 
 
@@ -3359,8 +3369,9 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         return
     check_gpu(cfg)
     metadata = read_metadata(checkpoint)[0]
-    if metadata and not mode.audit:
-        use_settings_of(metadata, cfg, mode)
+    trained = settings_of(metadata)
+    if not mode.audit:
+        use_as_trained(trained, cfg, mode)
     if mode.predict:
         predict_files(cfg, checkpoint, mode.predict)
     elif mode.audit:
@@ -3372,14 +3383,11 @@ def run_mode(cfg: Settings, mode: argparse.Namespace) -> None:
         names, use, of_run = ["valid", "test"], evaluate, ["CATEGORIES", "UNANNOTATED"]
         if mode.check_labels:  # it looks at images without annotation, whatever UNANNOTATED is
             names, use, of_run, cfg.UNANNOTATED = ["train", *names], check_labels, ["CATEGORIES"], "tumour-free"
-        trained = settings_of(metadata) if metadata else {}
         if not cfg.PATIENT_PATTERN:
             of_run.append("PATIENT_PATTERN")
-        if settings_in_file()["DATA_DIR"] is None and not hasattr(mode, "DATA_DIR"):  # not that of the script
-            if os.path.isdir(folder := trained.get("DATA_DIR", cfg.DATA_DIR)):
-                of_run.append("DATA_DIR")
-            else:
-                log(f"The data folder of the run, {folder}, is not there. Used instead: {cfg.DATA_DIR}")
+        if settings_in_file()["DATA_DIR"] is None and not hasattr(mode, "DATA_DIR"):  # nobody has named the data
+            trained["DATA_DIR"] = data_dir_of_run(trained.get("DATA_DIR", cfg.DATA_DIR), cfg.DATA_DIR)
+            of_run.append("DATA_DIR")
         take_over(trained, of_run, cfg, mode)
         held_out = metadata.get("held_out", {})
         held_out = held_out if isinstance(held_out, dict) else {"valid": held_out}  # as earlier versions wrote it
