@@ -938,8 +938,8 @@ def test_predict_that_is_stopped_keeps_table_and_outlines_of_what_is_done(tmp_pa
 def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, tiny, capsys, monkeypatch):
     """Long names, results of other tools, other formats, a folder without access, a result that cannot be written."""
     path, scans, out = saved(tmp_path / "run"), tmp_path / "scans", tmp_path / "out"
-    for name in ("a.png", "脑" * 83 + ".png", "x" * 245 + ".jpg", "full.png", "c.jfif", "a_mask.tif", "Overlays/b.jpg",
-                 "d.dcm", "e.nii.gz", "f.nii.gz", "notes"):
+    for name in ("a.png", "脑" * 83 + ".png", "x" * 245 + ".jpg", "full.png", "c.jfif", "a_mask.tif", "b_overlay.jpg",
+                 "Overlays/b.jpg", "d.dcm", "e.nii.gz", "f.nii.gz", "notes"):
         (scans / name).parent.mkdir(exist_ok=True)
         (scans / name).write_bytes(cv2.imencode(".png", noise(64, 64, 3))[1].tobytes())
     (scans / "full.jpg").write_bytes(b"no image")
@@ -962,7 +962,7 @@ def test_each_file_stands_for_itself_and_what_is_left_out_is_counted(tmp_path, t
     assert "2 of 6 files failed:\n  - " in err and f"cannot write {out}" in err and "Traceback" not in err
     assert str(scans / "full.jpg") in err
     lines = {line.removeprefix("Left out: ") for line in text.splitlines() if line.startswith("Left out: ")}
-    assert lines == {"2 files named like a mask or an overlay", "1 file named *.dcm", "2 files named *.gz",
+    assert lines == {"3 files named like a mask or an overlay", "1 file named *.dcm", "2 files named *.gz",
                      "1 file without suffix"}
     assert f"WARNING: cannot read the folder {scans / 'closed'}" in err
     rows = table(out / "predictions" / "predictions.csv")
